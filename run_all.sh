@@ -20,7 +20,6 @@ CONSTRUCT_MAX_NEW_TOKENS="${CONSTRUCT_MAX_NEW_TOKENS:-96}"
 CONSTRUCT_CONCURRENCY="${CONSTRUCT_CONCURRENCY:-8}"
 export GLOBAL_BATCH_SIZE="${GLOBAL_BATCH_SIZE:-8}"
 export EPOCHS="${EPOCHS:-1}"                           # more epochs learn more
-export MICRO_BATCH_SIZE="${MICRO_BATCH_SIZE:-4}"
 export LEARNING_RATE="${LEARNING_RATE:-3e-5}"
 export WARMUP_STEPS="${WARMUP_STEPS:-2}"
 MAX_LENGTH="${MAX_LENGTH:-512}"                     # of training; the evaluation reads texts whole

@@ -16,6 +16,7 @@ RESULTS_DIR="${RESULTS_DIR:-results}"
 MAX_LENGTH="${MAX_LENGTH:-0}"                      # 0: the model's own limit
 OVERLENGTH="${OVERLENGTH:-left}"                   # left | drop | keep_end | error
 MAX_TOKENS_PER_BATCH="${MAX_TOKENS_PER_BATCH:-0}" # 0: what suits the device
+PACKING="${PACKING:-auto}"                         # auto | shared | packed | off (padded batches)
 DTYPE="${DTYPE:-auto}"                             # auto | float32 | bfloat16 | float16
 DEVICE="${DEVICE:-auto}"
 LIMIT_PER_BIAS="${LIMIT_PER_BIAS:-0}"              # 0: all pairs
@@ -27,6 +28,6 @@ source scripts/env.sh
 
 exec_command "$PYTHON" -m codes.evaluate.eval_rm \
   --model_path "$MODEL_PATH" --data_dir "$DATA_DIR" --bias_type "$BIAS_TYPE" --results_dir "$RESULTS_DIR" \
-  --max_length "$MAX_LENGTH" --overlength "$OVERLENGTH" --max_tokens_per_batch "$MAX_TOKENS_PER_BATCH" \
+  --max_length "$MAX_LENGTH" --overlength "$OVERLENGTH" --max_tokens_per_batch "$MAX_TOKENS_PER_BATCH" --packing "$PACKING" \
   --dtype "$DTYPE" --device "$DEVICE" --limit_per_bias "$LIMIT_PER_BIAS" --seed "$SEED" \
   --max_bad_rows "$MAX_BAD_ROWS" "$@"

@@ -32,7 +32,9 @@ MAX_STEPS="${MAX_STEPS:-0}"                        # 0: what EPOCHS gives
 MAX_LENGTH="${MAX_LENGTH:-1024}"                   # tokens of a conversation
 OVERLENGTH="${OVERLENGTH:-drop}"                   # drop | left | keep_end | error
 GLOBAL_BATCH_SIZE="${GLOBAL_BATCH_SIZE:-64}"       # groups in a step, over all processes
-MICRO_BATCH_SIZE="${MICRO_BATCH_SIZE:-1}"          # groups in a forward pass of one process
+MAX_TOKENS_PER_BATCH="${MAX_TOKENS_PER_BATCH:-0}" # computed tokens in a forward pass of one process; 0: automatic
+MICRO_BATCH_SIZE="${MICRO_BATCH_SIZE:-0}"          # most groups in a forward pass; 0: the token budget alone
+PACKING="${PACKING:-auto}"                         # auto | shared | packed | off (padded rows)
 MAX_GRAD_NORM="${MAX_GRAD_NORM:-1.0}"
 PRECISION="${PRECISION:-auto}"                     # auto | bf16 | fp16 | fp32
 GRADIENT_CHECKPOINTING="${GRADIENT_CHECKPOINTING:-0}"
@@ -96,7 +98,8 @@ exec_command "${start[@]}" \
   --mode "$MODE" --negatives "$NEGATIVES" --temperature "$TEMPERATURE" --margin "$MARGIN" \
   --learning_rate "$LEARNING_RATE" --weight_decay "$WEIGHT_DECAY" --warmup_steps "$WARMUP_STEPS" \
   --epochs "$EPOCHS" --max_steps "$MAX_STEPS" --max_length "$MAX_LENGTH" --overlength "$OVERLENGTH" \
-  --global_batch_size "$GLOBAL_BATCH_SIZE" --micro_batch_size "$MICRO_BATCH_SIZE" --max_grad_norm "$MAX_GRAD_NORM" \
+  --global_batch_size "$GLOBAL_BATCH_SIZE" --micro_batch_size "$MICRO_BATCH_SIZE" \
+  --max_tokens_per_batch "$MAX_TOKENS_PER_BATCH" --packing "$PACKING" --max_grad_norm "$MAX_GRAD_NORM" \
   --precision "$PRECISION" --gradient_checkpointing "$GRADIENT_CHECKPOINTING" --seed "$SEED" \
   --save_steps "$SAVE_STEPS" --keep_checkpoints "$KEEP_CHECKPOINTS" --resume "$RESUME" \
   --logging_steps "$LOGGING_STEPS" --limit "$LIMIT" --max_bad_rows "$MAX_BAD_ROWS" "$@"

@@ -34,7 +34,7 @@ sample "$OUTPUT_DIR/live.jsonl" "$N_LIVE" 0
 sample "$OUTPUT_DIR/rest.jsonl" "$N_REST" "$N_LIVE"
 cat "$OUTPUT_DIR/live.jsonl" "$OUTPUT_DIR/rest.jsonl" >"$OUTPUT_DIR/original.jsonl"
 
-training=(MAX_LENGTH=768 OVERLENGTH=left LEARNING_RATE=3e-5 WARMUP_STEPS=2 EPOCHS=1 GLOBAL_BATCH_SIZE=16 MICRO_BATCH_SIZE=2
+training=(MAX_LENGTH=768 OVERLENGTH=left LEARNING_RATE=3e-5 WARMUP_STEPS=2 EPOCHS=1 GLOBAL_BATCH_SIZE=16
   PRECISION=bf16)
 [[ -f "$OUTPUT_DIR/pairwise/config.json" ]] || env "${training[@]}" MODE=pairwise NEGATIVES=original \
   TRAIN_FILE="$OUTPUT_DIR/original.jsonl" OUTPUT_DIR="$OUTPUT_DIR/pairwise" bash run_training.sh

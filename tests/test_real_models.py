@@ -115,7 +115,7 @@ def test_minilm_trains_and_scores_alike_everywhere(minilm_dir: Path, tmp_path: P
     result = Scorer(model, ChatFormatter(tokenizer), progress=False).score(conversations)
     alone = [Scorer(model, ChatFormatter(tokenizer), progress=False).score([one]).scores[0] for one in conversations]
     assert result.scores == pytest.approx(alone, abs=1e-5)
-    assert result.n_padded_tokens > result.n_tokens
+    assert result.n_computed_tokens > result.n_tokens
     # Dropout is off in training mode too: a score is a function of its text.
     batch = collate_texts(ChatFormatter(tokenizer).encode(conversations[:2]), tokenizer.pad_token_id)
     with torch.no_grad():

@@ -84,9 +84,10 @@ def test_collator_lays_out_whole_groups() -> None:
     micro=st.integers(1, 5),
     world=st.integers(1, 4),
     seed=st.integers(0, 5),
+    by_length=st.booleans(),
 )
 def test_every_group_counts_once_whatever_the_world(
-    n_groups: int, batch: int, micro: int, world: int, seed: int
+    n_groups: int, batch: int, micro: int, world: int, seed: int, by_length: bool
 ) -> None:
     sizes = [(7 * index) % 11 + 1 for index in range(n_groups)]
     micro_steps = -(-batch // (micro * world))
@@ -95,7 +96,13 @@ def test_every_group_counts_once_whatever_the_world(
         counted: list[int] = []
         for rank in range(world):
             batches = shard_step(
-                step, sizes, micro_batch_size=micro, micro_steps=micro_steps, rank=rank, world_size=world
+                step,
+                sizes,
+                micro_batch_size=micro,
+                micro_steps=micro_steps,
+                rank=rank,
+                world_size=world,
+                by_length=by_length,
             )
             assert len(batches) == micro_steps  # ZeRO-3 needs the same number on every rank
             assert all(len(one.groups) <= micro for one in batches)

@@ -1,11 +1,12 @@
 """One scorer for training-time evaluation, the bias evaluation and RewardBench.
 
-A text's score does not depend on its company: distinct texts are scored once, in batches of similar length under a token
-budget, and put back in the caller's order.
+A text's score does not depend on its company: distinct texts are scored once, in packs that share prefixes (or, where a model
+cannot be packed, in padded batches of similar length) under a token budget, and put back in the caller's order.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,21 @@ from tqdm import tqdm
 
 from codes.common.chat import ChatFormatter, Conversation, EncodedText
 from codes.common.errors import ContrastRMError
+from codes.common.packed_attention import FLEX_BLOCK
+from codes.common.packing import build_pack, plan_packs
 
-__all__ = ["Conversation", "ScoreResult", "Scorer", "collate_texts", "default_token_budget", "plan_batches"]
+__all__ = [
+    "PACKINGS",
+    "Conversation",
+    "ScoreResult",
+    "Scorer",
+    "collate_texts",
+    "default_token_budget",
+    "plan_batches",
+    "resolve_packing",
+]
 
-RewardFunction = Callable[..., torch.Tensor]
+PACKINGS = ("auto", "shared", "packed", "off")
 
 
 @dataclass(frozen=True)
@@ -28,8 +40,8 @@ class ScoreResult:
 
     Attributes:
         scores: float32, shape ``(n_texts,)``; NaN where the over-length policy dropped the text.
-        n_tokens: Real tokens that the model computed (distinct texts, no padding).
-        n_padded_tokens: Tokens that it computed with padding.
+        n_tokens: Tokens of the distinct texts.
+        n_computed_tokens: Tokens that the model computed: fewer where prefixes are shared, more where rows are padded.
     """
 
     scores: np.ndarray
@@ -39,13 +51,35 @@ class ScoreResult:
     n_answer_cut: int
     n_dropped: int
     n_tokens: int
-    n_padded_tokens: int
+    n_computed_tokens: int
     seconds: float
 
 
 def default_token_budget(device: torch.device) -> int:
-    """Padded tokens of a batch: enough to fill the device, few enough that one batch's texts are of like length."""
+    """Computed tokens of a batch: enough to fill the device, few enough for a CPU's caches and a small card's memory."""
     return 2048 if device.type == "cpu" else 16384
+
+
+def resolve_packing(model: torch.nn.Module, packing: str) -> str:
+    """What ``auto`` means for a model: ``shared`` where it takes packs, else ``off``, with the reason on stderr.
+
+    Raises:
+        ContrastRMError: An unknown name, or packs were asked for by name and the model takes none.
+    """
+    if packing not in PACKINGS:
+        raise ContrastRMError(f"unknown --packing {packing!r}; known: {', '.join(PACKINGS)}")
+    if packing == "off":
+        return packing
+    enable: Callable[[], str | None] | None = getattr(model, "enable_packing", None)
+    reason = "it takes no packs" if enable is None else enable()
+    if reason is None:
+        return "shared" if packing == "auto" else packing
+    if packing != "auto":
+        raise ContrastRMError(
+            f"--packing {packing} is not possible with this model: {reason}; use --packing auto or off"
+        )
+    print(f"note: this model is computed in padded batches of similar length, not in packs: {reason}", file=sys.stderr)
+    return "off"
 
 
 def plan_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -95,9 +129,11 @@ class Scorer:
     """Scores conversations with a reward model.
 
     Args:
-        model: Maps ``input_ids``, ``attention_mask`` (and ``token_type_ids``) of shape ``(B, L)`` to scores ``(B,)``.
+        model: Maps ``input_ids``, ``attention_mask`` (and ``token_type_ids``) of shape ``(B, L)`` to scores ``(B,)``; where it
+            takes packs, ``input_ids`` ``(1, T)``, ``layout`` and ``ends`` to ``(n_sequences,)``.
         formatter: Its tokens.
-        max_tokens_per_batch: Padded tokens of a batch; 0 takes what suits the device.
+        max_tokens_per_batch: Computed tokens of a batch; 0 takes what suits the device.
+        packing: ``shared`` (prefixes computed once), ``packed`` (nothing shared), ``off`` (padded), or ``auto``.
     """
 
     def __init__(
@@ -106,23 +142,28 @@ class Scorer:
         formatter: ChatFormatter,
         *,
         max_tokens_per_batch: int = 0,
+        packing: str = "auto",
         progress: bool = True,
     ) -> None:
         self.model = model
         self.formatter = formatter
-        self.max_tokens_per_batch = max_tokens_per_batch or default_token_budget(next(model.parameters()).device)
+        self.device = next(model.parameters()).device
+        self.max_tokens_per_batch = max_tokens_per_batch or default_token_budget(self.device)
+        self.packing = resolve_packing(model, packing)
         self.progress = progress
 
     def score(self, conversations: Sequence[Conversation], description: str = "scoring") -> ScoreResult:
         """Score every conversation.
 
         Raises:
-            ContrastRMError: A score is not finite, or a text is too long under the policy ``error``.
+            ContrastRMError: A score is not finite, a text is too long under the policy ``error``, or one text alone does not
+                fit into memory.
         """
         started = time.perf_counter()
         encoded = self.formatter.encode(conversations)
         distinct = list(dict.fromkeys(text for text in encoded if not text.dropped))
-        values = dict(zip(distinct, self._score_distinct(distinct, description), strict=True))
+        found, n_computed = self._score_distinct(distinct, description)
+        values = dict(zip(distinct, found, strict=True))
         scores = np.array([values.get(text, np.nan) for text in encoded], dtype=np.float32)
         kept = [text for text in encoded if not text.dropped]
         return ScoreResult(
@@ -133,40 +174,74 @@ class Scorer:
             n_answer_cut=sum(text.answer_cut for text in kept),
             n_dropped=len(encoded) - len(kept),
             n_tokens=sum(len(text.input_ids) for text in distinct),
-            n_padded_tokens=self._padded_tokens(distinct),
+            n_computed_tokens=n_computed,
             seconds=time.perf_counter() - started,
         )
 
-    def _plan(self, texts: Sequence[EncodedText]) -> list[list[int]]:
-        return plan_batches([len(text.input_ids) for text in texts], self.max_tokens_per_batch)
+    def _plan(self, texts: Sequence[EncodedText], max_tokens: int) -> list[list[int]]:
+        if self.packing == "off":
+            return plan_batches([len(text.input_ids) for text in texts], max_tokens)
+        return plan_packs([text.input_ids for text in texts], max_tokens, share=self.packing == "shared")
 
-    def _padded_tokens(self, texts: Sequence[EncodedText]) -> int:
-        return sum(len(texts[batch[0]].input_ids) * len(batch) for batch in self._plan(texts))
-
-    def _score_distinct(self, texts: Sequence[EncodedText], description: str) -> list[float]:
+    def _score_distinct(self, texts: Sequence[EncodedText], description: str) -> tuple[list[float], int]:
+        """The score of every text, and the tokens that were computed for them."""
         values = [0.0] * len(texts)
+        n_computed = 0
         total = sum(len(text.input_ids) for text in texts)
         was_training = self.model.training
         self.model.eval()
         try:
             with tqdm(total=total, desc=description, unit="tok", unit_scale=True, disable=not self.progress) as bar:
-                for batch in self._plan(texts):
+                for batch in self._plan(texts, self.max_tokens_per_batch):
                     rows = [texts[index] for index in batch]
-                    for index, value in zip(batch, self._score_batch(rows), strict=True):
+                    scores, computed = self._score_or_halve(rows)
+                    n_computed += computed
+                    for index, value in zip(batch, scores, strict=True):
                         values[index] = value
                     bar.update(sum(len(row.input_ids) for row in rows))
         finally:
             self.model.train(was_training)
-        return values
+        return values, n_computed
 
-    def _score_batch(self, rows: Sequence[EncodedText]) -> list[float]:
-        pad_id = self.formatter.tokenizer.pad_token_id
-        device = next(self.model.parameters()).device
-        batch = {key: value.to(device) for key, value in collate_texts(rows, 0 if pad_id is None else pad_id).items()}
+    def _score_or_halve(self, rows: Sequence[EncodedText]) -> tuple[list[float], int]:
+        """Score a batch; where the device's memory does not hold it, in two halves, and so on.
+
+        Raises:
+            ContrastRMError: One text alone does not fit.
+        """
+        try:
+            return self._score_batch(rows)
+        except torch.OutOfMemoryError:
+            if len(rows) == 1:
+                raise ContrastRMError(
+                    f"a text of {len(rows[0].input_ids)} tokens does not fit into the memory of {self.device}; lower "
+                    "--max_length, or use --dtype bfloat16"
+                ) from None
+        # Outside of the except clause: there the traceback still holds the failed batch's memory.
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        middle = len(rows) // 2
+        first, second = self._score_or_halve(rows[:middle]), self._score_or_halve(rows[middle:])
+        return first[0] + second[0], first[1] + second[1]
+
+    def _score_batch(self, rows: Sequence[EncodedText]) -> tuple[list[float], int]:
         with torch.inference_mode():
-            scores = self.model(**batch).float().cpu()
+            if self.packing == "off":
+                pad_id = self.formatter.tokenizer.pad_token_id
+                batch = collate_texts(rows, 0 if pad_id is None else pad_id)
+                n_computed = batch["input_ids"].numel()
+                scores = self.model(**{key: value.to(self.device) for key, value in batch.items()})
+            else:
+                pack = build_pack(
+                    [row.input_ids for row in rows],
+                    share=self.packing == "shared",
+                    multiple_of=FLEX_BLOCK if self.device.type == "cuda" else 1,
+                ).to(self.device)
+                n_computed = pack.layout.n_tokens
+                scores = self.model(pack.input_ids, layout=pack.layout, ends=pack.ends)
+            scores = scores.float().cpu()
         if not torch.isfinite(scores).all():
             raise ContrastRMError(
                 "the model gave a score that is not finite; load it in float32 or bfloat16 (--dtype), or check its weights"
             )
-        return scores.tolist()
+        return scores.tolist(), n_computed

@@ -113,7 +113,7 @@ class RemoteScorer:
             n_answer_cut=0,
             n_dropped=0,
             n_tokens=0,
-            n_padded_tokens=0,
+            n_computed_tokens=0,
             seconds=time.perf_counter() - started,
         )
 

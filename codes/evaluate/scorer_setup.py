@@ -23,7 +23,7 @@ from codes.common.chat import OVERLENGTH_POLICIES, ChatFormatter
 from codes.common.errors import ContrastRMError
 from codes.common.records import ReadReport, ensure_writable_folder, file_sha256, write_json
 from codes.common.reporting import run_metadata
-from codes.common.scoring import Scorer, ScoreResult
+from codes.common.scoring import PACKINGS, Scorer, ScoreResult
 from codes.evaluate.api import RemoteScorer, TextScorer
 from codes.train.reward_model import DTYPES, RewardModel, load_reward_model, own_length_limit
 
@@ -54,8 +54,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--max_tokens_per_batch",
         type=whole_number,
         default=0,
-        help="padded tokens of a batch; 0: what suits the device",
+        help="computed tokens of a batch; 0: what suits the device",
     )
+    parser.add_argument("--packing", default="auto", choices=PACKINGS, help="auto: shared prefixes if the model can")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: as the weights were saved")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--seed", type=int, default=42, help="chooses the rows of a limited run")
@@ -84,6 +85,7 @@ def load_scorer(
     max_length: int = 0,
     overlength: str = "left",
     max_tokens_per_batch: int = 0,
+    packing: str = "auto",
     dtype: str = "auto",
     device: str = "auto",
     attn_implementation: str | None = None,
@@ -107,7 +109,7 @@ def load_scorer(
     )
     limit = _length_limit(model, tokenizer, max_length)
     formatter = ChatFormatter(tokenizer, max_length=limit, overlength=overlength)
-    scorer = Scorer(model, formatter, max_tokens_per_batch=max_tokens_per_batch)
+    scorer = Scorer(model, formatter, max_tokens_per_batch=max_tokens_per_batch, packing=packing)
     weight_hash = _weight_hash(model_path)
     description = {
         "model_path": model_path,
@@ -117,6 +119,7 @@ def load_scorer(
         "max_length": limit,
         "overlength": overlength,
         "max_tokens_per_batch": scorer.max_tokens_per_batch,
+        "packing": scorer.packing,
         "dtype": str(next(model.classifier.base_model.parameters()).dtype).removeprefix("torch."),
         "device": _device_name(place),
         "attn_implementation": getattr(model.classifier.config, "_attn_implementation", None),
@@ -227,7 +230,7 @@ def result_metadata(
         "n_answer_cut_texts": result.n_answer_cut,
         "n_dropped_texts": result.n_dropped,
         "n_tokens": result.n_tokens,
-        "n_padded_tokens": result.n_padded_tokens,
+        "n_computed_tokens": result.n_computed_tokens,
         **run_metadata(),
     }
 

@@ -1,8 +1,8 @@
-"""Whole groups: encoding, the plan of an epoch, and the collator.
+"""Whole groups: encoding, the plan of an epoch, micro-batches under a token budget, and the collator.
 
 A group is one prompt's rejected answers followed by its chosen one. Which groups make up which optimizer step is decided
 once, from the seed, the same on every rank: so the global number of groups in a step is known everywhere, and neither
-accumulation nor world size changes what a step sees.
+accumulation nor packing nor world size changes what a step sees.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 
 from codes.common.chat import ChatFormatter, Conversation, EncodedText
 from codes.common.errors import ContrastRMError
+from codes.common.packed_attention import FLEX_BLOCK
+from codes.common.packing import Pack, balance, build_pack, shared_tokens
 from codes.common.records import PreferenceRecord
 from codes.common.scoring import collate_texts
 
@@ -125,40 +127,116 @@ def plan_epoch(n_groups: int, global_batch_size: int, *, seed: int, epoch: int) 
     return [order[start : start + global_batch_size] for start in range(0, n_groups, global_batch_size)]
 
 
+def group_costs(groups: Sequence[Group], packing: str) -> list[int]:
+    """Tokens that the model computes for each group: its prefix tree, its plain sum, or its padded rows."""
+    if packing == "shared":
+        return [shared_tokens(text.input_ids for text in group.texts) for group in groups]
+    if packing == "packed":
+        return [group.n_tokens for group in groups]
+    return [len(group.texts) * max(len(text.input_ids) for text in group.texts) for group in groups]
+
+
+def count_micro_steps(
+    steps: Sequence[Sequence[int]],
+    costs: Sequence[int],
+    *,
+    max_tokens: int,
+    world_size: int,
+    micro_batch_size: int = 0,
+    by_length: bool = False,
+) -> int:
+    """Micro-steps that every optimizer step of a run takes: the fewest with which no micro-batch breaks its limits.
+
+    The number is the same for all steps: accumulation is fixed once (DeepSpeed needs that), and ``shard_step`` then makes
+    the micro-batches of a step equally heavy instead of full.
+
+    Args:
+        steps: Groups of every step.
+        costs: Computed tokens of every group.
+        max_tokens: Computed tokens of a micro-batch. A heavier group is computed alone.
+        micro_batch_size: Most groups of a micro-batch; 0: no such limit.
+        by_length: As in ``shard_step``.
+    """
+    if by_length:
+        # A padded micro-batch is as wide as its longest row: count with the heaviest group.
+        fit = max(1, max_tokens // max(costs))
+        micro_batch_size = min(micro_batch_size or fit, fit)
+        return max(-(-len(step) // (micro_batch_size * world_size)) for step in steps)
+    micro_steps = 1
+    for step in steps:
+        while not _fits(step, costs, micro_steps * world_size, max_tokens, micro_batch_size):
+            micro_steps += 1
+    return micro_steps
+
+
+def _fits(step: Sequence[int], costs: Sequence[int], n_batches: int, max_tokens: int, micro_batch_size: int) -> bool:
+    if n_batches >= len(step):
+        return True
+    if micro_batch_size and len(step) > n_batches * micro_batch_size:
+        return False
+    mine = [costs[index] for index in step]
+    # The cheap test first: it decides nearly always.
+    if sum(mine) > n_batches * max_tokens and max(mine) <= max_tokens:
+        return False
+    return all(
+        (sum(mine[item] for item in items) <= max_tokens or len(items) == 1)
+        and (not micro_batch_size or len(items) <= micro_batch_size)
+        for items in balance(mine, n_batches, micro_batch_size)
+    )
+
+
 def shard_step(
     step: Sequence[int],
-    n_tokens: Sequence[int],
+    costs: Sequence[int],
     *,
-    micro_batch_size: int,
     micro_steps: int,
     rank: int,
     world_size: int,
+    micro_batch_size: int = 0,
+    by_length: bool = False,
 ) -> list[MicroBatch]:
     """This rank's micro-batches of one step.
 
-    Groups of similar size stand together, so that little is padded; sums do not care about order. Every rank gets exactly
-    ``micro_steps`` micro-batches (ZeRO-3 gathers weights in each of them, on all ranks): a rank without groups left computes
-    the smallest group of the step at weight 0.
+    The step's groups are spread so that all micro-batches are about equally heavy, those of one micro-step most alike: no rank
+    waits for another. Sums do not care about order. Every rank gets exactly ``micro_steps`` micro-batches (ZeRO-3 gathers
+    weights in each of them, on all ranks): one without groups computes the lightest group of the step at weight 0.
 
     Args:
         step: Indices of the step's groups.
-        n_tokens: Tokens of every group of the data set.
+        costs: Computed tokens of every group of the data set.
+        micro_batch_size: Most groups of a micro-batch; 0: no such limit.
+        by_length: Put groups of similar cost together instead, for padded rows.
 
     Raises:
         ValueError: The step does not fit into the micro-batches.
     """
-    if len(step) > micro_batch_size * micro_steps * world_size:
+    n_batches = micro_steps * world_size
+    if micro_batch_size and len(step) > micro_batch_size * n_batches:
         raise ValueError("a step holds more groups than its micro-batches")
-    ordered = sorted(step, key=lambda index: (-n_tokens[index], index))
-    mine = ordered[rank::world_size]
-    # Spread over all micro-steps rather than filling the first ones: less memory at once, the same work.
-    size = min(micro_batch_size, -(-len(mine) // micro_steps)) if mine else 1
-    batches = [
-        MicroBatch(tuple(mine[start : start + size]), (1.0,) * len(mine[start : start + size]))
-        for start in range(0, len(mine), size)
+    if by_length:
+        order = sorted(range(len(step)), key=lambda item: (-costs[step[item]], step[item]))
+        size = -(-len(order) // n_batches)
+        bins = [order[start : start + size] for start in range(0, n_batches * size, size)]
+    else:
+        bins = balance([costs[index] for index in step], n_batches, micro_batch_size)
+    bins.sort(key=lambda items: (-sum(costs[step[item]] for item in items), items))
+    filler = MicroBatch((min(step, key=lambda index: (costs[index], index)),), (0.0,))
+    return [
+        MicroBatch(tuple(step[item] for item in items), (1.0,) * len(items)) if items else filler
+        for items in bins[rank::world_size]
     ]
-    filler = MicroBatch((ordered[-1],), (0.0,))
-    return batches + [filler] * (micro_steps - len(batches))
+
+
+def pack_groups(groups: Sequence[Group], *, share: bool, on_gpu: bool) -> Pack:
+    """Whole groups as one pack; its scores come in the order of ``collate_groups``."""
+    texts = [text.input_ids for group in groups for text in group.texts]
+    return build_pack(texts, share=share, multiple_of=FLEX_BLOCK if on_gpu else 1)
+
+
+def group_tensors(groups: Sequence[Group], weights: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """``group_sizes`` ``(G,)`` int64 and ``weights`` ``(G,)`` float32 of groups that are computed together."""
+    group_sizes = torch.tensor([len(group.texts) for group in groups], dtype=torch.long)
+    return group_sizes, torch.tensor(weights, dtype=torch.float32)
 
 
 def collate_groups(
@@ -174,6 +252,4 @@ def collate_groups(
     input_ids [[5, 6], [7, 0], [8, 9], [4, 0], [3, 0]], group_sizes [3, 2].
     """
     rows = [text for group in groups for text in group.texts]
-    group_sizes = torch.tensor([len(group.texts) for group in groups], dtype=torch.long)
-    assert int(group_sizes.sum()) == len(rows)
-    return collate_texts(rows, pad_id), group_sizes, torch.tensor(weights, dtype=torch.float32)
+    return collate_texts(rows, pad_id), *group_tensors(groups, weights)

@@ -34,6 +34,8 @@ from transformers.utils import logging as transformers_logging
 from codes.common.base_model import resolve_model_path
 from codes.common.chat import last_token_ids
 from codes.common.errors import ContrastRMError
+from codes.common.packed_attention import install_packed_attention, why_not_packable
+from codes.common.packing import PackLayout, build_pack
 from codes.common.records import ensure_writable_folder
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -42,6 +44,9 @@ PAD_TOKEN = "<|contrastrm_pad|>"
 PINNED_DATE = '{%- set date_string = "26 Jul 2024" %}'
 # Tokenizers without a limit of their own report a huge number.
 NO_TOKENIZER_LIMIT = 10**6
+# A pack whose tokens see what they should not is off by far more than rounding: relative error of the pooled hidden states.
+PROBE_TOLERANCE = 1e-3
+PROBE_TOLERANCE_HALF = 0.05
 
 
 class Float32Linear(nn.Linear):
@@ -78,8 +83,14 @@ class RewardModel(nn.Module):
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         self.classifier = classifier
-        backbone = getattr(classifier, classifier.base_model_prefix)
-        self._takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
+        self._takes_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
+        self.takes_packs = False
+
+    @property
+    def backbone(self) -> PreTrainedModel:
+        """The model without its head."""
+        backbone: PreTrainedModel = getattr(self.classifier, self.classifier.base_model_prefix)
+        return backbone
 
     @property
     def config(self) -> PretrainedConfig:
@@ -90,37 +101,100 @@ class RewardModel(nn.Module):
         """Trade compute for memory; the non-reentrant form, which works with DDP and ZeRO."""
         self.classifier.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
+    def enable_packing(self) -> str | None:
+        """Let the model take packs (``forward(..., layout=...)``) if it can.
+
+        Returns:
+            None, or why it cannot: then only padded batches are right.
+        """
+        if self.takes_packs:
+            return None
+        reason = (
+            "it is not a decoder with a score head" if not self.pools_last_token else why_not_packable(self.backbone)
+        )
+        if reason is None:
+            install_packed_attention(self.backbone)
+            self.takes_packs = True
+            reason = self._probe_packing()
+            self.takes_packs = reason is None
+        return reason
+
+    def _probe_packing(self) -> str | None:
+        """Compare a small pack with its sequences one by one: what a model does not say of itself shows here."""
+        vocabulary = int(self.backbone.get_input_embeddings().weight.shape[0])
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randint(0, vocabulary, (5, 6), generator=generator).tolist()
+        sequences = [drawn[0] + drawn[1], drawn[0] + drawn[2], drawn[0] + drawn[3] + drawn[1], drawn[4]]
+        weight = self.classifier.score.weight
+        pack = build_pack(sequences, min_shared=1).to(weight.device)
+        with torch.inference_mode():
+            together = self._pooled(pack.input_ids, None, pack.layout, pack.ends)
+            alone = [
+                self._pooled(torch.tensor([ids], device=weight.device), torch.ones((1, len(ids)), device=weight.device))
+                for ids in sequences
+            ]
+        expected = torch.cat(alone).double()
+        error = float((together.double() - expected).norm(dim=-1).max() / expected.norm(dim=-1).max().clamp(min=1e-12))
+        allowed = PROBE_TOLERANCE if weight.dtype in (torch.float32, torch.float64) else PROBE_TOLERANCE_HALF
+        return None if error <= allowed else f"a probe pack differs from its texts alone (relative error {error:.1e})"
+
     def forward(
         self,
         input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
+        layout: PackLayout | None = None,
+        ends: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Score each row.
+        """Score each row, or each sequence of a pack.
 
         Args:
-            input_ids: ``(B, L)``, padded left or right.
-            attention_mask: ``(B, L)``, 1 at real tokens. Every row has at least one.
+            input_ids: ``(B, L)``, padded left or right; of a pack ``(1, T)``.
+            attention_mask: ``(B, L)``, 1 at real tokens. Every row has at least one. Not for packs.
             token_type_ids: ``(B, L)`` for encoders with segments.
+            layout, ends: Of a pack (``codes.common.packing``), after ``enable_packing``.
 
         Returns:
-            ``(B,)`` raw scores, float32 (float64 for a float64 model).
+            ``(B,)`` raw scores, or ``(n_sequences,)`` of a pack; float32 (float64 for a float64 model).
         """
+        if self.pools_last_token:
+            return self.classifier.score(self._pooled(input_ids, attention_mask, layout, ends)).squeeze(-1)
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if not self.pools_last_token:
-            if token_type_ids is not None:
-                inputs["token_type_ids"] = token_type_ids
-            logits = self.classifier(**inputs).logits.squeeze(-1)
-            return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if token_type_ids is not None:
+            inputs["token_type_ids"] = token_type_ids
+        logits = self.classifier(**inputs).logits.squeeze(-1)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _pooled(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        layout: PackLayout | None = None,
+        ends: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The last hidden state at each text's last token, ``(B, hidden)``."""
+        inputs: dict[str, Any] = {"input_ids": input_ids}
+        if layout is not None:
+            if not self.takes_packs:
+                raise ContrastRMError("this model takes no packs: call enable_packing first, it names the reason")
+            inputs["position_ids"] = layout.positions.long().unsqueeze(0)
+            inputs["pack_layout"] = layout
+            # Four-dimensional masks are handed through as they are: no mask of T x T is built, and no pack is guessed from
+            # the jumps of the positions.
+            inputs["attention_mask"] = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=input_ids.device)
+            hidden = self.backbone(**inputs, use_cache=False).last_hidden_state
+            pooled: torch.Tensor = hidden[0, ends]
+            return pooled
+        assert attention_mask is not None, "a padded batch needs its attention mask"
+        inputs["attention_mask"] = attention_mask
         if self._takes_positions:
             # Positions count real tokens, so that left padding changes nothing, not even for learned positions.
-            inputs["position_ids"] = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
-        backbone = getattr(self.classifier, self.classifier.base_model_prefix)
-        hidden = backbone(**inputs, use_cache=False).last_hidden_state
+            inputs["position_ids"] = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+        hidden = self.backbone(**inputs, use_cache=False).last_hidden_state
         steps = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
         last = (attention_mask * steps).argmax(dim=-1)
         pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
-        return self.classifier.score(pooled).squeeze(-1)
+        return pooled
 
 
 def _use_float32_head(classifier: PreTrainedModel) -> None:

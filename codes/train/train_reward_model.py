@@ -36,13 +36,18 @@ from codes.common.records import (
     write_text,
 )
 from codes.common.reporting import run_metadata
+from codes.common.scoring import PACKINGS, default_token_budget, resolve_packing
 from codes.train.data_utils import (
     NEGATIVES,
     EncodeReport,
     Group,
     MicroBatch,
     collate_groups,
+    count_micro_steps,
     encode_groups,
+    group_costs,
+    group_tensors,
+    pack_groups,
     plan_epoch,
     shard_step,
 )
@@ -100,7 +105,7 @@ def resolve_precision(precision: str) -> str:
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
 
 
-def make_accelerator(*, precision: str, accumulation: int, micro_batch_size: int, max_grad_norm: float) -> Accelerator:
+def make_accelerator(*, precision: str, accumulation: int, max_grad_norm: float) -> Accelerator:
     """The one distributed engine: plain, DDP, or DeepSpeed as the launcher said."""
     distributed_cpu = not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1
     # Without a named backend accelerate does not see that DeepSpeed on a CPU has several processes.
@@ -113,16 +118,22 @@ def make_accelerator(*, precision: str, accumulation: int, micro_batch_size: int
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         # There is no torch DataLoader to read these from: groups are planned per step.
         config = accelerator.state.deepspeed_plugin.deepspeed_config
-        config["train_micro_batch_size_per_gpu"] = micro_batch_size
+        # A micro-batch is a pack, whatever the number of its groups.
+        config["train_micro_batch_size_per_gpu"] = 1
         config["gradient_accumulation_steps"] = accumulation
         config["gradient_clipping"] = max_grad_norm
-        config["train_batch_size"] = micro_batch_size * accumulation * accelerator.num_processes
+        config["train_batch_size"] = accumulation * accelerator.num_processes
     return accelerator
 
 
-def accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
-    """Micro-steps of an optimizer step, rounded up: the step keeps its groups, the last micro-batches may be smaller."""
-    return max(1, math.ceil(global_batch_size / (micro_batch_size * world_size)))
+def plan_steps(n_groups: int, global_batch_size: int, total_steps: int, seed: int) -> list[list[int]]:
+    """The groups of every optimizer step of the run."""
+    plan: list[list[int]] = []
+    epoch = 0
+    while len(plan) < total_steps:
+        plan += plan_epoch(n_groups, global_batch_size, seed=seed, epoch=epoch)
+        epoch += 1
+    return plan[:total_steps]
 
 
 def make_optimizer(model: torch.nn.Module, *, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -141,6 +152,9 @@ class Trainer:
 
     Args:
         groups: All training groups, the same on every rank.
+        plan: The groups of every optimizer step.
+        costs: Computed tokens of every group.
+        packing: ``shared``, ``packed`` or ``off``.
         model, optimizer: Prepared by ``accelerator``.
         fingerprint: What must be the same when a checkpoint is continued.
     """
@@ -152,10 +166,14 @@ class Trainer:
         model: torch.nn.Module,
         optimizer: Any,
         groups: Sequence[Group],
+        plan: Sequence[Sequence[int]],
+        costs: Sequence[int],
+        packing: str,
         objective: Objective,
         schedule: Schedule,
         global_batch_size: int,
         micro_batch_size: int,
+        max_tokens_per_batch: int,
         max_grad_norm: float,
         seed: int,
         pad_id: int,
@@ -167,27 +185,19 @@ class Trainer:
     ) -> None:
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
         self.groups, self.objective, self.schedule = groups, objective, schedule
+        self.plan, self.costs, self.packing = plan, costs, packing
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.max_grad_norm, self.seed, self.pad_id = max_grad_norm, seed, pad_id
         self.output_dir, self.save_steps, self.keep_checkpoints = output_dir, save_steps, keep_checkpoints
-        self.logging_steps = logging_steps
+        self.logging_steps, self.max_tokens_per_batch = logging_steps, max_tokens_per_batch
         self.n_tokens = [group.n_tokens for group in groups]
         self.fingerprint = dict(fingerprint)
         self.log: list[dict[str, Any]] = []
         self.step = 0
 
-    def steps(self) -> list[list[int]]:
-        """The groups of every optimizer step of the run."""
-        plan: list[list[int]] = []
-        epoch = 0
-        while len(plan) < self.schedule.total_steps:
-            plan += plan_epoch(len(self.groups), self.global_batch_size, seed=self.seed, epoch=epoch)
-            epoch += 1
-        return plan[: self.schedule.total_steps]
-
     def train(self) -> None:
         """Run all steps that are left."""
-        plan = self.steps()
+        plan = self.plan
         total = sum(self.n_tokens[index] for step in plan for index in step)
         done = sum(self.n_tokens[index] for step in plan[: self.step] for index in step)
         self.model.train()
@@ -201,7 +211,15 @@ class Trainer:
         ) as bar:
             while self.step < len(plan):
                 started = time.perf_counter()
-                entry = self.train_step(plan[self.step], bar.update)
+                try:
+                    entry = self.train_step(plan[self.step], bar.update)
+                except torch.OutOfMemoryError as error:
+                    # Trying again on this rank alone would leave the others waiting for ever.
+                    raise ContrastRMError(
+                        f"out of memory in step {self.step + 1} ({str(error).splitlines()[0]}): lower "
+                        f"--max_tokens_per_batch (it is {self.max_tokens_per_batch}) or set --gradient_checkpointing 1, "
+                        "then continue from the last checkpoint with --resume auto"
+                    ) from error
                 self.step += 1
                 tokens = sum(self.n_tokens[index] for index in plan[self.step - 1])
                 seconds = time.perf_counter() - started
@@ -226,11 +244,12 @@ class Trainer:
             parameter_group["lr"] = rate
         batches = shard_step(
             step_groups,
-            self.n_tokens,
+            self.costs,
             micro_batch_size=self.micro_batch_size,
             micro_steps=micro_steps,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
+            by_length=self.packing == "off",
         )
         # accelerate and DeepSpeed divide by the accumulation and average over ranks: undo both, then normalise by the
         # number of groups that the step has over all ranks.
@@ -283,9 +302,14 @@ class Trainer:
 
     def _forward(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         groups = [self.groups[index] for index in batch.groups]
-        inputs, group_sizes, weights = collate_groups(groups, batch.weights, self.pad_id)
         device = self.accelerator.device
-        scores = self.model(**{key: value.to(device, non_blocking=True) for key, value in inputs.items()})
+        if self.packing == "off":
+            inputs, group_sizes, weights = collate_groups(groups, batch.weights, self.pad_id)
+            scores = self.model(**{key: value.to(device, non_blocking=True) for key, value in inputs.items()})
+        else:
+            pack = pack_groups(groups, share=self.packing == "shared", on_gpu=device.type == "cuda").to(device)
+            group_sizes, weights = group_tensors(groups, batch.weights)
+            scores = self.model(pack.input_ids, layout=pack.layout, ends=pack.ends)
         losses = self.objective.loss(scores.float(), group_sizes)
         return scores, losses, weights.to(device, non_blocking=True), group_sizes
 
@@ -404,6 +428,8 @@ def train(
     overlength: str,
     global_batch_size: int,
     micro_batch_size: int,
+    max_tokens_per_batch: int,
+    packing: str,
     max_grad_norm: float,
     precision: str,
     gradient_checkpointing: bool,
@@ -443,18 +469,6 @@ def train(
         require_head=False,
         seed=seed,
     )
-    accelerator = make_accelerator(
-        precision=precision,
-        accumulation=accumulation_steps(global_batch_size, micro_batch_size, world_size),
-        micro_batch_size=micro_batch_size,
-        max_grad_norm=max_grad_norm,
-    )
-    if accelerator.num_processes != world_size:
-        raise ContrastRMError(
-            f"the launcher started {world_size} processes, accelerate sees {accelerator.num_processes}; "
-            "start with bash run_training.sh"
-        )
-    set_seed(seed)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
     own_limit = own_length_limit(model, tokenizer)
@@ -463,6 +477,24 @@ def train(
     groups, encode_report = encode_groups(records, formatter, negatives=negatives)
     total_steps = max_steps or epochs * math.ceil(len(groups) / global_batch_size)
     schedule = Schedule(learning_rate, warmup_in_force(warmup_steps, total_steps), total_steps)
+    packing = resolve_packing(model, packing)
+    plan, costs = plan_steps(len(groups), global_batch_size, total_steps, seed), group_costs(groups, packing)
+    max_tokens_per_batch = max_tokens_per_batch or default_token_budget(training_device())
+    micro_steps = count_micro_steps(
+        plan,
+        costs,
+        max_tokens=max_tokens_per_batch,
+        micro_batch_size=micro_batch_size,
+        world_size=world_size,
+        by_length=packing == "off",
+    )
+    accelerator = make_accelerator(precision=precision, accumulation=micro_steps, max_grad_norm=max_grad_norm)
+    if accelerator.num_processes != world_size:
+        raise ContrastRMError(
+            f"the launcher started {world_size} processes, accelerate sees {accelerator.num_processes}; "
+            "start with bash run_training.sh"
+        )
+    set_seed(seed)
     verdicts = dict(Counter(record.verify_correctness or "none" for record in records))
     if accelerator.is_main_process:
         _print_data(train_file, report.bad, encode_report, verdicts)
@@ -481,10 +513,14 @@ def train(
         model=prepared_model,
         optimizer=prepared_optimizer,
         groups=groups,
+        plan=plan,
+        costs=costs,
+        packing=packing,
         objective=objective,
         schedule=schedule,
         global_batch_size=global_batch_size,
         micro_batch_size=micro_batch_size,
+        max_tokens_per_batch=max_tokens_per_batch,
         max_grad_norm=max_grad_norm,
         seed=seed,
         pad_id=tokenizer.pad_token_id,
@@ -534,6 +570,11 @@ def train(
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return folder
+
+
+def training_device() -> torch.device:
+    """Where the accelerator will put the model (known before it exists)."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def under_deepspeed() -> bool:
@@ -621,7 +662,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_length", type=_natural, default=1024, help="tokens of a conversation; 0: no limit")
     parser.add_argument("--overlength", choices=OVERLENGTH_POLICIES, default="drop")
     parser.add_argument("--global_batch_size", type=_positive, default=64, help="groups of an optimizer step")
-    parser.add_argument("--micro_batch_size", type=_positive, default=1, help="groups that a device computes at once")
+    parser.add_argument(
+        "--micro_batch_size", type=_natural, default=0, help="most groups at once; 0: the token budget alone"
+    )
+    parser.add_argument(
+        "--max_tokens_per_batch", type=_natural, default=0, help="computed tokens at once; 0: automatic"
+    )
+    parser.add_argument(
+        "--packing", choices=PACKINGS, default="auto", help="auto: packs with shared prefixes if possible"
+    )
     parser.add_argument("--max_grad_norm", type=_positive_float, default=1.0)
     parser.add_argument("--precision", choices=PRECISIONS, default="auto")
     parser.add_argument("--gradient_checkpointing", type=int, choices=(0, 1), default=0)
