@@ -251,7 +251,7 @@ def _is_chosen(question: str, percent: float, seed: int) -> bool:
 
 def _rows(file: Path) -> Iterator[tuple[str, list[Conversation]]]:
     """(question, texts) of every row."""
-    first = next((row for _, row in iter_jsonl(file)), {})
+    first: dict[str, Any] = next((row for _, row in iter_jsonl(file)), {})
     if "rewritten_response1" in first:
         for record in read_bias_file(file)[0]:
             prompt = [{"role": "user", "content": record.question}]

@@ -9,6 +9,7 @@ or ``python -m benchmarks.peers.original_loop score --percent 25 --precision bfl
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         run_training("original_loop", split, **options, micro_batch_size=size)
     else:
         batch_size = options["batch_size"]
-        run_scoring("original_loop", lambda *given: batches_in_file_order(*given, batch_size), **options)
+        run_scoring("original_loop", partial(batches_in_file_order, batch_size=batch_size), **options)
     return 0
 
 

@@ -9,6 +9,7 @@ or ``python -m benchmarks.peers.sorted_padded score --percent 25 --precision bfl
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -50,9 +51,9 @@ def main(argv: list[str] | None = None) -> int:
     options = vars(parser.parse_args(argv))
     max_tokens = options["max_tokens"]
     if options.pop("task") == "train":
-        run_training("sorted_padded", lambda *given: sorted_step(*given, max_tokens), **options)
+        run_training("sorted_padded", partial(sorted_step, max_tokens=max_tokens), **options)
     else:
-        run_scoring("sorted_padded", lambda *given: sorted_batches(*given, max_tokens), **options)
+        run_scoring("sorted_padded", partial(sorted_batches, max_tokens=max_tokens), **options)
     return 0
 
 
