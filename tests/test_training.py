@@ -24,7 +24,15 @@ from codes.common.chat import ChatFormatter, Conversation, EncodedText
 from codes.common.errors import ContrastRMError
 from codes.common.records import read_preference_file
 from codes.common.scoring import Scorer
-from codes.train.data_utils import Group, collate_groups, encode_groups, plan_epoch, shard_step
+from codes.train.data_utils import (
+    Group,
+    collate_groups,
+    count_micro_steps,
+    encode_groups,
+    plan_epoch,
+    shard_step,
+)
+from codes.train.master_weights import MasterAdamW
 from codes.train.reward_model import load_reward_model
 from codes.train.train_reward_model import Schedule, main, resolve_precision
 from tests.conftest import REPO_ROOT, run_module
@@ -193,8 +201,11 @@ def test_saved_model_reloads_to_the_trained_scores(tiny_base_dir: Path, train_fi
     assert "reward-model" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_killed_and_resumed_equals_uninterrupted(tiny_base_dir: Path, train_file: Path, tmp_path: Path) -> None:
-    extra = ("--global_batch_size", "2", "--epochs", "12", "--save_steps", "5")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_killed_and_resumed_equals_uninterrupted(
+    tiny_base_dir: Path, train_file: Path, tmp_path: Path, precision: str
+) -> None:
+    extra = ("--global_batch_size", "2", "--epochs", "12", "--save_steps", "5", "--precision", precision)
     whole = train_here(tiny_base_dir, train_file, tmp_path / "whole", *extra)
     out = tmp_path / "killed"
     command = [
@@ -334,3 +345,93 @@ def test_training_respects_the_models_own_limit_and_a_short_run_warms_up(
     assert "warm-up takes 1 of the 4 steps instead of 100" in printed
     rates = [entry["train/learning_rate"] for entry in read_log(tmp_path / "out")]
     assert rates == pytest.approx([3e-3, 3e-3, 2e-3, 1e-3])
+
+
+# --- packs
+
+
+@pytest.mark.parametrize("extra", [(), ("--gradient_checkpointing", "1"), ("--max_tokens_per_batch", "1")])
+def test_packing_does_not_change_the_learning(
+    tiny_base_dir: Path, train_file: Path, tmp_path: Path, extra: tuple[str, ...]
+) -> None:
+    # Slow enough that the losses stay away from 0, where Adam would blow rounding up.
+    common = ("--global_batch_size", "4", "--epochs", "20", "--learning_rate", "1e-4", *extra)
+    logs = {
+        packing: train_here(tiny_base_dir, train_file, tmp_path / packing, *common, "--packing", packing)
+        for packing in ("off", "packed", "shared")
+    }
+    assert len(logs["off"]) == 60 and losses(logs["off"])[-1] < 0.9 * losses(logs["off"])[0]
+    for packing in ("packed", "shared"):
+        assert losses(logs[packing]) == pytest.approx(losses(logs["off"]), abs=1e-4)
+        assert_same_weights(tmp_path / "off", tmp_path / packing, 1e-4)
+        assert [entry["n_groups"] for entry in logs[packing]] == [entry["n_groups"] for entry in logs["off"]]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    costs=st.lists(st.integers(1, 60), min_size=1, max_size=30),
+    max_tokens=st.integers(1, 150),
+    world=st.integers(1, 3),
+    most=st.integers(0, 4),
+    batch=st.integers(1, 12),
+)
+def test_micro_batches_keep_the_token_budget(
+    costs: list[int], max_tokens: int, world: int, most: int, batch: int
+) -> None:
+    steps = plan_epoch(len(costs), batch, seed=1, epoch=0)
+    micro_steps = count_micro_steps(steps, costs, max_tokens=max_tokens, micro_batch_size=most, world_size=world)
+    heaviest = 0
+    for step in steps:
+        for rank in range(world):
+            for one in shard_step(
+                step, costs, micro_steps=micro_steps, rank=rank, world_size=world, micro_batch_size=most
+            ):
+                load = sum(costs[index] for index in one.groups)
+                assert load <= max_tokens or len(one.groups) == 1
+                assert not most or len(one.groups) <= most
+                heaviest = max(heaviest, load)
+    # Fewer micro-steps would not do: one group a micro-batch, or some step that breaks a limit.
+    assert micro_steps <= max(-(-len(step) // world) for step in steps)
+
+
+def test_masters_move_as_float32_weights_do() -> None:
+    """The same gradients move float32 masters as they move float32 weights, and the model holds them rounded."""
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(5, 3)
+    rounded = torch.nn.Linear(5, 3, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for mine, theirs in zip(plain.parameters(), rounded.parameters(), strict=True):
+            mine.copy_(theirs)
+    groups = [{"params": list(rounded.parameters()), "weight_decay": 0.1}]
+    masters = MasterAdamW(groups, lr=1e-2)
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.1)
+    for _ in range(5):
+        for _ in range(3):  # micro-batches
+            inputs = torch.randn(4, 5).bfloat16()
+            rounded(inputs).float().square().sum().backward()
+            assert all(weight.grad is None for weight in rounded.parameters())
+        for mine, master in zip(plain.parameters(), masters.param_groups[0]["params"], strict=True):
+            mine.grad = master.grad.clone()
+        masters.step()
+        reference.step()
+        masters.zero_grad()
+        for mine, master, weight in zip(
+            plain.parameters(), masters.param_groups[0]["params"], rounded.parameters(), strict=True
+        ):
+            torch.testing.assert_close(master, mine, atol=1e-6, rtol=0)
+            assert torch.equal(weight, master.bfloat16())
+    # Small steps are not lost to rounding: they add up in the masters.
+    stored = masters.state_dict()
+    again = MasterAdamW([{"params": list(rounded.parameters()), "weight_decay": 0.1}], lr=1e-2)
+    again.load_state_dict(stored)
+    for one, other in zip(again.param_groups[0]["params"], masters.param_groups[0]["params"], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_bfloat16_training_follows_float32(tiny_base_dir: Path, train_file: Path, tmp_path: Path) -> None:
+    common = ("--global_batch_size", "4", "--epochs", "20", "--learning_rate", "1e-4")
+    exact = train_here(tiny_base_dir, train_file, tmp_path / "fp32", *common)
+    rounded = train_here(tiny_base_dir, train_file, tmp_path / "bf16", *common, "--precision", "bf16")
+    assert losses(rounded) != losses(exact) and losses(exact)[-1] < 0.8 * losses(exact)[0]
+    assert losses(rounded) == pytest.approx(losses(exact), abs=0.03)
+    assert {tensor.dtype for tensor in weights(tmp_path / "bf16").values()} == {torch.bfloat16}
