@@ -135,14 +135,18 @@ def build_trainer(
     )
 
 
-def micro_batches(trainer: Trainer, steps: Sequence[Sequence[int]]) -> list[list[Group]]:
-    """The groups of every micro-batch of these steps, as the trainer makes them."""
-    micro_steps = trainer.accelerator.gradient_accumulation_steps
-    by_length = trainer.packing == "off"
+def micro_batches(
+    groups: Sequence[Group], plan: Sequence[Sequence[int]], packing: str, max_tokens: int
+) -> list[list[list[Group]]]:
+    """The groups of every micro-batch of every step, as the trainer makes them."""
+    costs, by_length = group_costs(groups, packing), packing == "off"
+    micro_steps = count_micro_steps(plan, costs, max_tokens=max_tokens, world_size=1, by_length=by_length)
     return [
-        [trainer.groups[index] for index in batch.groups]
-        for step in steps
-        for batch in shard_step(step, trainer.costs, micro_steps=micro_steps, rank=0, world_size=1, by_length=by_length)
+        [
+            [groups[index] for index in batch.groups]
+            for batch in shard_step(step, costs, micro_steps=micro_steps, rank=0, world_size=1, by_length=by_length)
+        ]
+        for step in plan
     ]
 
 
@@ -210,9 +214,12 @@ def run_training(
         trainer.train()
         seconds = now(place) - begin
         peak = memory.fields()
-    batches = micro_batches(trainer, plan[warmup_steps:])
-    timed = [group for batch in batches for group in batch]
-    useful = packs_flops(model_path, (pack_groups(batch, share=True, on_gpu=False) for batch in batches))
+    timed = [trainer.groups[index] for step in plan[warmup_steps:] for index in step]
+    batches, shared_batches = (
+        [batch for step in micro_batches(trainer.groups, plan, way, budget)[warmup_steps:] for batch in step]
+        for way in (trainer.packing, "shared")
+    )
+    useful = packs_flops(model_path, (pack_groups(batch, share=True, on_gpu=False) for batch in shared_batches))
     fields = {
         "peer": "ours",
         "task": "training",
