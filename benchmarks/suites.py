@@ -118,12 +118,12 @@ class TrainingDefaults:
 
 
 TRAINING = {
-    "training-pairs": TrainingDefaults(answers=2, groups_per_step=4, steps=2),
-    "training-groups4": TrainingDefaults(answers=4, groups_per_step=2, steps=2),
-    "training-groups8": TrainingDefaults(answers=8, groups_per_step=2, steps=1),
+    "training-pairs": TrainingDefaults(answers=2, groups_per_step=4, steps=1),
+    "training-groups4": TrainingDefaults(answers=4, groups_per_step=2, steps=1),
+    "training-groups8": TrainingDefaults(answers=8, groups_per_step=1, steps=2),
 }
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-SCORING_PERCENT = {"scoring-bf16": 1.0, "scoring-fp32": 0.5, "scoring-rewardbench": 2.0}
+SCORING_PERCENT = {"scoring-bf16": 0.5, "scoring-fp32": 0.2, "scoring-rewardbench": 2.0}
 GPU_DEFAULTS = TrainingDefaults(answers=4, groups_per_step=4, steps=2)
 # The shapes of the GPU suite; "tiny" tries the suite out.
 GPU_SHAPES = tuple(name for name in SHAPES if name != "tiny")
