@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from codes.common.llm_outcomes import ApiError
 from codes.common.records import iter_jsonl, write_json, write_jsonl
 
 FAILED_FILE = "failed.jsonl"
@@ -23,6 +24,15 @@ LEDGER_FILE = "ledger.jsonl"
 def failure(record_id: str, step: str, reason: str, **details: Any) -> dict[str, Any]:
     """One row of ``failed.jsonl``; ``reason`` is a class for counting."""
     return {"id": record_id, "step": step, "reason": reason, **details}
+
+
+def request_failure(record_id: str, step: str, error: ApiError, **details: Any) -> dict[str, Any]:
+    """One row of ``failed.jsonl`` for a request that brought no answer.
+
+    ``error_class`` is ``retriable`` (the next run asks again) or ``row`` (only with ``--retry_failed``).
+    """
+    about = {"error_class": error.error_class, "attempts": error.attempts, "message": str(error)}
+    return failure(record_id, step, error.reason, **details, **about)
 
 
 def write_failures(work_dir: str | Path, step: str, failures: Sequence[dict[str, Any]]) -> Path:
