@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,11 @@ def request_failure(record_id: str, step: str, error: ApiError, **details: Any) 
     return failure(record_id, step, error.reason, **details, **about)
 
 
-def write_failures(work_dir: str | Path, step: str, failures: Sequence[dict[str, Any]]) -> Path:
-    """Replace a step's rows of ``failed.jsonl``; returns its path."""
+def write_failures(work_dir: str | Path, step: str, failures: Iterable[dict[str, Any]]) -> Path:
+    """Replace a step's rows of ``failed.jsonl``, row by row; returns its path."""
     path = Path(work_dir) / FAILED_FILE
-    kept = [row for _, row in iter_jsonl(path) if row.get("step") != step] if path.is_file() else []
-    write_jsonl(path, [*kept, *failures])
+    kept = (row for _, row in iter_jsonl(path) if row.get("step") != step) if path.is_file() else ()
+    write_jsonl(path, chain(kept, failures))
     return path
 
 
