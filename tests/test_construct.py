@@ -411,9 +411,14 @@ def test_a_repeated_run_asks_only_what_failed_and_counts_nothing_twice(tmp_path:
     first = (tmp_path / "work" / "failed.jsonl").read_text()
     with ChatServer(write_well) as server:
         gptout.main(flags(server, tmp_path, "in.jsonl", "out.jsonl", max_new_tokens=64))
-    # 500, null content, 400, half a body, content filter, refusal by field; the other faults were answers.
-    assert len(server.requests) == 12
-    assert len(read_rows(tmp_path / "work" / "failed.jsonl")) == 6 < len(first.splitlines())
+    # 500 and half a body may pass; what no attempt can mend is asked again on demand alone.
+    assert len(server.requests) == 4
+    assert len(read_rows(tmp_path / "work" / "failed.jsonl")) == 14 < len(first.splitlines())
+    with ChatServer(write_well) as server:
+        gptout.main([*flags(server, tmp_path, "in.jsonl", "out.jsonl", max_new_tokens=64), "--retry_failed"])
+    # Null content, 400, content filter, refusal by field, and what the token limit cut.
+    assert len(server.requests) == 10
+    assert len(read_rows(tmp_path / "work" / "failed.jsonl")) == 4
 
 
 def test_gptinst_adds_the_answer_to_another_question(tmp_path: Path) -> None:

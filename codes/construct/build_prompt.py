@@ -21,8 +21,8 @@ PROMPT_VERSION = "2"
 # From this many new tokens on, writers are not told a word limit.
 ROOMY_TOKENS = 512
 
-Strategy = Literal["wrong_answer", "rewrite_rejected"]
-STRATEGIES: tuple[Strategy, ...] = ("wrong_answer", "rewrite_rejected")
+Strategy = Literal["wrong_answer", "rewrite_rejected", "template"]
+STRATEGIES: tuple[Strategy, ...] = ("wrong_answer", "rewrite_rejected", "template")
 
 # How a writer carries each cue. Keys are checked against the table of biases by a test.
 CUE_INSTRUCTIONS: dict[str, str] = {
