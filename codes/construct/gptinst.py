@@ -93,7 +93,9 @@ def append_answer(
         failures.add(request_failure(record.id, STEP, outcome, part="answer"))
         return False
     text = outcome.text.strip()
-    defect = answer_defect(text, chosen=record.chosen, others=record.rejected, question=f"{record.question}\n{question}")
+    defect = answer_defect(
+        text, chosen=record.chosen, others=record.rejected, question=f"{record.question}\n{question}"
+    )
     if defect is not None:
         failures.add(failure(record.id, STEP, defect, part="answer"))
         return False

@@ -55,6 +55,7 @@ from codes.construct.steps import (
     append_rejected,
     ask_groups,
     check_input,
+    injections_of,
     print_summary,
     read_counts,
     require_some,
@@ -171,7 +172,7 @@ def deal_biases(allowed: Sequence[str], per_record: int, seed: int) -> Iterator[
 
 def original_rejected(record: PreferenceRecord) -> list[int]:
     """Positions in ``rejected`` of the answers that nobody injected."""
-    made = {injection.get("index") for injection in record.extra.get("injections", []) if isinstance(injection, dict)}
+    made = {injection["index"] for injection in injections_of(record)}
     return [position for position, bias in enumerate(record.bias_type) if bias is None and position not in made]
 
 
