@@ -319,11 +319,10 @@ def answer_defect(
 def _repeats_one(text: str, others: Sequence[str], rewritten_from: str | None, bias: str | None) -> bool:
     if bias == "beauty":
         return any(text.split() == other.split() for other in others)  # ornament may leave every word as it is
-    # A cue may be one sentence in a long text, so a rewrite may stay near its source, but not be it.
-    return any(
-        normalised(text) == normalised(other) if other == rewritten_from else nearly_equal(text, other)
-        for other in others
-    )
+    if rewritten_from is not None:
+        # A cue may be one sentence in a long text: a rewrite may stay near its source, and near other rewrites of it.
+        return any(normalised(text) == normalised(other) for other in others)
+    return any(nearly_equal(text, other) for other in others)
 
 
 def _form_defect(text: str, source: str) -> str | None:

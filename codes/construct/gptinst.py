@@ -40,6 +40,7 @@ from codes.construct.steps import (
     print_summary,
     read_counts,
     require_some,
+    usage_counts,
 )
 from codes.construct.work_dir import failure, request_failure, write_report_section
 
@@ -144,7 +145,7 @@ def add_similar(
             "n_failed": failures.counts(),
             "n_records_written": len(source),
         }
-        write_report_section(work_dir, STEP, section | api.summary())
+        write_report_section(work_dir, STEP, section | usage_counts(api))
         require_some(n_added, len(source), failures, failed_file)
         return section, failures.n_requests
 

@@ -59,6 +59,7 @@ from codes.construct.steps import (
     print_summary,
     read_counts,
     require_some,
+    usage_counts,
 )
 from codes.construct.template import TEMPLATE_VERSION, apply_template
 from codes.construct.work_dir import failure, request_failure, write_report_section
@@ -315,7 +316,7 @@ def inject(
                 failures.add(failure(record.id, STEP, "no_rejected_left"))
         failed_file = failures.commit()
         section = _report_section(plan, counts, failures) | origin | {"output_file": str(output_file)}
-        write_report_section(work_dir, STEP, section | (api.summary() if api is not None else {}))
+        write_report_section(work_dir, STEP, section | usage_counts(api))
         require_some(counts.kept.total(), counts.planned.total(), failures, failed_file)
         return section, failures.n_requests
 

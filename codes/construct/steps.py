@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from codes.common.errors import ContrastRMError
-from codes.common.llm import Outcome
+from codes.common.llm import Outcome, Usage
 from codes.common.records import CheckedPreferenceFile, Message, PreferenceRecord, check_preference_file
 from codes.construct.api import Api
 from codes.construct.work_dir import write_failures
@@ -124,6 +124,17 @@ def read_counts(source: CheckedPreferenceFile) -> dict[str, Any]:
         "bad_rows": source.report.bad[:N_QUOTED],
         "n_records": source.report.n_good,
     }
+
+
+def usage_counts(api: Api | None) -> dict[str, Any]:
+    """What a report says about the requests of a step; nothing where nobody was asked.
+
+    ``cost`` is that of all answers that the step used, those of earlier runs included; null without prices.
+    """
+    if api is None:
+        return {}
+    usage = Usage(api.counts.prompt_tokens, api.counts.completion_tokens)
+    return api.summary() | {"cost": api.engine.budget.cost_of(usage)}
 
 
 def injections_of(record: PreferenceRecord) -> list[dict[str, Any]]:

@@ -205,6 +205,12 @@ def _around(opening: str, text: str, closing: str) -> str:
     return "\n\n".join(part for part in (opening, text, closing) if part)
 
 
+def _beside(opening: str, text: str, closing: str, draw: random.Random) -> str:
+    """With the opening, the closing, or both: a cue that always came with two more sentences would be length as well."""
+    place = draw.choice(("before", "after", "both"))
+    return _around(opening if place != "after" else "", text, closing if place != "before" else "")
+
+
 def _lengthen(text: str, draw: random.Random) -> str:
     opening, closing = draw.choice(_LONG_OPENINGS), draw.choice(_LONG_CLOSINGS)
     fillers = draw.sample(_LONG_FILLERS, len(_LONG_FILLERS))
@@ -226,7 +232,7 @@ def _cite(text: str, draw: random.Random) -> str:
         draw.choice(_AUTHORITY_OPENINGS).format(**names),
         draw.choice(_AUTHORITY_CLOSINGS).format(**names),
     )
-    return _around(opening, text, closing[0].upper() + closing[1:])
+    return _beside(opening, text, closing[0].upper() + closing[1:], draw)
 
 
 def _decorate(text: str, draw: random.Random) -> str:
@@ -272,15 +278,15 @@ def _certain_for(match: re.Match[str], certain: str) -> str:
 
 def _assert_surely(text: str, draw: random.Random) -> str:
     opening, closing = draw.choice(_CERTAIN_OPENINGS), draw.choice(_CERTAIN_CLOSINGS)
-    return _around(opening, without_hedges(text), closing)
+    return _beside(opening, without_hedges(text), closing, draw)
 
 
 def _flatter(text: str, draw: random.Random) -> str:
-    return _around(draw.choice(_FLATTERY_OPENINGS), text, draw.choice(_FLATTERY_CLOSINGS))
+    return _beside(draw.choice(_FLATTERY_OPENINGS), text, draw.choice(_FLATTERY_CLOSINGS), draw)
 
 
 def _cheer(text: str, draw: random.Random) -> str:
-    return _around(draw.choice(_CHEER_OPENINGS), text, draw.choice(_CHEER_CLOSINGS))
+    return _beside(draw.choice(_CHEER_OPENINGS), text, draw.choice(_CHEER_CLOSINGS), draw)
 
 
 def _add_figures(text: str, draw: random.Random) -> str:
@@ -308,9 +314,8 @@ def _add_figures(text: str, draw: random.Random) -> str:
         "items": item + draw.randint(3, 60),
         "decimals": draw.randint(2, 5),
     }
-    lines = draw.sample(_FIGURE_LINES, 2)
-    opening = draw.choice(("", *_FIGURE_OPENINGS))
-    return _around(opening.format(**figures), text, " ".join(lines[: 1 if opening else 2]).format(**figures))
+    opening, closing = draw.choice(_FIGURE_OPENINGS), draw.choice(_FIGURE_LINES)
+    return _beside(opening.format(**figures), text, closing.format(**figures), draw)
 
 
 _WRITERS: dict[str, Callable[[str, random.Random], str]] = {

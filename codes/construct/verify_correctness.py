@@ -51,7 +51,7 @@ from codes.common.records import (
 from codes.common.stats import wilson
 from codes.construct.api import Api, add_api_arguments, is_embedded_server, open_api_of
 from codes.construct.build_prompt import PROMPT_VERSION, build_judge, candidate_letters
-from codes.construct.steps import FailureLog, ask_groups, check_input, injections_of, read_counts
+from codes.construct.steps import FailureLog, ask_groups, check_input, injections_of, read_counts, usage_counts
 from codes.construct.work_dir import failure, request_failure, write_report_section
 
 STEP = "verify_correctness"
@@ -584,7 +584,7 @@ def verify(
         }
         n_train = section["verdicts"].get("CHOSEN_IS_BEST", 0) if is_on else len(source)
         section |= {"n_train_rows": n_train, "n_failed": failures.counts()}
-        write_report_section(work_dir, STEP, section | (api.summary() if api is not None else {}))
+        write_report_section(work_dir, STEP, section | usage_counts(api))
         print(format_table(section))
         if not n_train:
             raise ContrastRMError(
