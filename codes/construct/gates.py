@@ -4,7 +4,8 @@ Each gate names a reason class (``REASONS``); a text that trips one is counted a
 kept. The bounds stand in one table (``BOUNDS``) with what they were chosen for: on the project's own injected answers and
 on 1,208 public rewritten answers they refuse few texts (``tests/test_construct_gates.py`` states how many).
 
-The word lists know English. A cue in another language is not seen, and there ``check_cue=False`` is the way out.
+Cues are seen by the word lists of ``codes.construct.cues``, which know English; for other languages there is
+``check_cue=False``.
 To try one: ``python -c "from codes.construct.gates import answer_defect as a; print(a('New answer: x'))"``
 """
 
@@ -16,6 +17,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
+
+from codes.construct.cues import gained_cue, shows_cue
 
 REASONS: dict[str, str] = {
     "empty": "no letter and no digit",
@@ -51,9 +55,9 @@ BOUNDS: dict[str, Bound] = {
     "max_times_longer": Bound(12.0, "the longest public length rewrite of an ordinary answer is 6 times as long"),
     "max_length_floor": Bound(2_000, "beside a one-word answer any sentence is 12 times longer"),
     "min_times_shorter": Bound(0.15, "a decorated or certain version drops words, but not six of seven characters"),
-    "min_share_of_chosen": Bound(0.03, "an answer to the question alone may be short; a single word beside a page is not one"),
-    "min_length_ratio": Bound(1.3, "99 of 100 public length rewrites are at least 1.3 times as long"),
-    "long_by_itself": Bound(300, "words: an answer of this size is long whatever stands beside it"),
+    "min_share_of_chosen": Bound(
+        0.03, "an answer to the question alone may be short; a single word beside a page is not one"
+    ),
     "max_repeated": Bound(0.55, "share of 5-word runs seen before; a text said twice has 0.5, a loop has 0.9"),
     "max_same_sentence": Bound(4, "the same sentence of 4 words or more; refrains and tables repeat less"),
     "min_script_share": Bound(0.05, "Greek letters in a formula are fewer"),
@@ -163,7 +167,7 @@ def similarity(first: str, second: str) -> float:
 
 
 def _pairs(words: Sequence[str]) -> list[tuple[str, str]]:
-    return list(zip(words, words[1:], strict=False))
+    return list(pairwise(words))
 
 
 def nearly_equal(first: str, second: str) -> bool:
@@ -173,15 +177,20 @@ def nearly_equal(first: str, second: str) -> bool:
 
 # --- language -----------------------------------------------------------------------------------------------------------
 
-# Words of one language alone among those listed, and frequent in it.
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Frequent words of each language, few of them shared with another one.
 _FUNCTION_WORDS: dict[str, frozenset[str]] = {
-    "English": frozenset("the of and to is that it for was with as be this are by from or have not you at which".split()),
-    "German": frozenset("der die das und ist nicht ein eine zu den mit sich auf für dem im von auch wird sind".split()),
-    "French": frozenset("le les des est et dans une du qui pour pas sur au avec ce vous il sont plus aux".split()),
-    "Spanish": frozenset("el los las y en del por una es para con se su al lo como más pero sus está".split()),
-    "Italian": frozenset("il di che è per un non della sono gli le con del nel alla dei anche più questo si".split()),
-    "Portuguese": frozenset("o os as e do da em um uma não para com é que dos ao mais na no são".split()),
-    "Dutch": frozenset("de het een en van is dat op te in voor niet met zijn aan er ook als bij wordt".split()),
+    "English": _words("the of and to is that it for was with as be this are by from or have not you at which"),
+    "German": _words("der die das und ist nicht ein eine zu den mit sich auf für dem im von auch wird sind"),
+    "French": _words("le les des est et dans une du qui pour pas sur au avec ce vous il sont plus aux"),
+    "Spanish": _words("el los las y en del por una es para con se su al lo como más pero sus está"),
+    "Italian": _words("il di che è per un non della sono gli le con del nel alla dei anche più questo si"),
+    "Portuguese": _words("o os as e do da em um uma não para com é que dos ao mais na no são"),
+    "Dutch": _words("de het een en van is dat op te in voor niet met zijn aan er ook als bij wordt"),
 }
 # Scripts that are written together count as one.
 _SAME_SCRIPT = {"HIRAGANA": "CJK", "KATAKANA": "CJK", "KATAKANA-HIRAGANA": "CJK"}
@@ -253,148 +262,10 @@ def is_repetitive(text: str, references: Sequence[str]) -> bool:
     """Whether a text runs in circles, and no reference text (which may be a song, a table) does so too."""
     share, times = repeated_share(text), most_repeated_sentence(text)
     share_allowed = max([BOUNDS["max_repeated"].value, *(repeated_share(other) + 0.2 for other in references)])
-    times_allowed = max([int(BOUNDS["max_same_sentence"].value), *(2 * most_repeated_sentence(other) for other in references)])
+    times_allowed = max(
+        [int(BOUNDS["max_same_sentence"].value), *(2 * most_repeated_sentence(other) for other in references)]
+    )
     return share > share_allowed or times > times_allowed
-
-
-# --- cues ---------------------------------------------------------------------------------------------------------------
-
-_MARKUP = re.compile(
-    r"^\s*#+ |^\s*[-*•+] |^\s*\d+[.)] |^\s*> |^\s*(?:---|\*\*\*|___)|\*\*|__|`|\||(?<!\w)\*\w|~"
-    r"|[\u2600-\u27BF\u2B00-\u2BFF\U0001F000-\U0001FAFF]",
-    re.MULTILINE,
-)
-_AUTHORITY = re.compile(
-    r"\b(?:Dr|Prof|Professor|Doctor|Sir|Nobel|Ph\.?D)\b|\bet al\b|\[\d+\]|\([^()\n]{0,60}\b(?:1[89]|20)\d\d\)"
-    r"|(?i:\b(?:according to|experts?|expertise|authorit(?:y|ies|ative)|scholar\w*|scientist\w*|researcher\w*|research|stud(?:y|ies)"
-    r"|survey\w*|institut\w+|academ\w+|universit\w+|college|laborator\w+|observatory|associations?|societ(?:y|ies)|council|board"
-    r"|foundation|commission|department|ministry|centre|center for|journals?|published|publication|proceedings|peer-reviewed"
-    r"|guidelines?|handbook|manual|textbooks?|encyclop\w+|atlas|gazette\w*|literature|meta-analys\w+|report(?:s|ed)? by"
-    r"|physician\w*|historian\w*|economist\w*|psychologist\w*|analysts?|professionals?|specialist\w*|consensus|renowned"
-    r"|leading (?:figures?|voices?|authors?)|esteemed|official|standards?|evidence|documented|cited|citing|findings"
-    r"|(?:as|was|been|is) (?:noted|stated|confirmed|established|shown|attested|recommended|recognized|emphasized|highlighted) (?:by|in)"
-    r"|WHO|NASA|NIST|NOAA|NHS|ISO|IEEE|FDA|CDC|UNESCO|Harvard|Oxford|Cambridge|Stanford|MIT|Merriam|Britannica)\b)"
-)
-_CERTAIN = re.compile(
-    r"\b(?:definit\w+|certain\w*|absolut\w+|undoubted\w*|unquestion\w+|unequivocal\w*|indisputabl\w+|undeniabl\w+|unmistakabl\w+"
-    r"|irrefutabl\w+|incontrovertibl\w+|incontestabl\w+|categorical\w*|conclusive\w*|decisive\w*|invariabl\w+|inevitabl\w+"
-    r"|without (?:a |any |the slightest )?(?:doubt|question|exception|fail)|no (?:doubt|question|exception|debate|room|other)"
-    r"|beyond (?:any |all |a |the )?(?:doubt|question|dispute|debate|shadow)|clear(?:ly)?|obvious\w*|evident\w*|plain(?:ly)?|always"
-    r"|never|must|prove[ns]?|guarant\w+|the (?:fact|truth) is|facts?|sure(?:ly)?|assur\w+|exact\w*|precis\w+|only|simply|cannot"
-    r"|will|entire(?:ly)?|complete(?:ly)?|fully|total(?:ly)?|settled|final|of course|indeed|imperative|paramount|crucial\w*"
-    r"|essential\w*|vital\w*|fundamental\w*|critical\w*|utter(?:ly)?|perfect(?:ly)?|rest assured|period|every|all|any|none|directly"
-    r"|explicit\w*|strict\w*|demand\w*|require\w*|immediate\w*|superior|flawless\w*|master\w*|firm(?:ly)?|unwavering\w*|undisputed)\b",
-    re.IGNORECASE,
-)
-_HEDGE = re.compile(
-    r"\b(?:maybe|perhaps|probabl[ey]|possibl[ey]|might|may|could|would|should|seem\w*|appear\w*|likely|unlikely|i (?:think|believe|guess"
-    r"|suppose)|i'd|generally|usually|typically|often|sometimes|tends?|depend\w*|somewhat|roughly|approximately|about|around"
-    r"|in my (?:view|opinion)|as far as i|if i|can|looks? like|some|suggest\w*|sorry|however|consider|please|try)\b",
-    re.IGNORECASE,
-)
-_GOOD = (
-    r"(?:great|good|excellent|wonderful|fantastic|brilliant|insight\w*|thoughtful\w*|fascinating|astute\w*|clever\w*|smart\w*|sharp"
-    r"|keen\w*|admir\w+|impress\w+|perceptive\w*|wise\w*|wisdom|remarkabl\w+|superb\w*|sophisticated|intelligen\w+|discerning|exceptional\w*"
-    r"|outstanding|perfect\w*|right(?:ly)?|correct\w*|love\w*|delight\w*|pleasure|honou?r\w*|creativ\w+|intrigu\w+|interesting|splendid\w*"
-    r"|genius|talent\w*|skill\w*|instincts?|judge?ment|taste|curiosity|expertise|appreciat\w+|commend\w*|respect\w*|valuable|amazing\w*"
-    r"|incredibl\w+|profound\w*|ingenious\w*|diligen\w+|sensible|sound|agree\w*|understand\w*|understood|clear\w*|careful\w*|reasonable"
-    r"|proud|grateful|thank\w*|ambitio\w+|nuanced|articulate|passion\w*|dedicat\w+|vision\w*|imaginati\w+|unique|exciting|best|top|well)"
-)
-_PRAISE = re.compile(
-    rf"\b(?:what (?:a|an)\b[^.!?\n]{{0,40}}\b{_GOOD}"
-    rf"|(?:you|your|you're|you've|yours)\b[^.!?\n]{{0,80}}\b{_GOOD}|{_GOOD}\b[^.!?\n]{{0,60}}\b(?:you|your|you're|you've)"
-    rf"|{_GOOD} (?:question|query|point|idea|choice|concept|observation|request|topic|inquiry|thought|initiative|prompt|approach)"
-    r"|(?:couldn't|could not|completely|fully|totally|wholeheartedly) agree\w*|thank you|of course"
-    # Deference, which flatterers of a polite kind prefer to praise.
-    r"|(?:may|might|if) i|allow me|(?:be|am|i'm) (?:so |very |most |absolutely |truly )?(?:happy|glad|delighted|pleased|honou?red)"
-    r"|kindly|gracious\w*|thoughtfully|(?:truly|indeed|certainly|absolutely|quite|rather) (?:a |an )?\w+|sincere\w*|apologi\w+"
-    r"|(?:ah|oh),|certainly[!,]|absolutely!|feel free|at your service|humbl\w+)\b",
-    re.IGNORECASE,
-)
-_WARM = re.compile(
-    r"!|\b(?:love\w*|fun|happ\w+|joy\w*|charm\w+|enjoy\w*|peace|magic\w*|gentl\w+|favou?rite\w*|delight\w*|wonder\w*|pleas\w+|astonish\w+"
-    r"|proud\w*|nice\w*|cos\w+|beaut\w+|great\w*|excit\w+|splendid\w*|fantastic|amaz\w+|awesome|brilliant\w*|thrill\w*|inspir\w+|incredibl\w+"
-    r"|marvel\w+|fabulous|superb\w*|cheer\w*|bright\w*|warm\w*|sweet\w*|shin\w+|sparkl\w*|glow\w*|radian\w+|vibrant\w*|positiv\w+|optimis\w+"
-    r"|hope\w*|celebrat\w+|blessing\w*|treasure\w*|treat|triumph\w*|victor\w+|succe\w+|win\w*|best|perfect\w*|lovely|kind\w*|friend\w*|smil\w+"
-    r"|laugh\w*|glad\w*|thank\w*|gratef\w+|good|better|well|enthusias\w+|passion\w*|eager\w*|energ\w+|dream\w*|adventure\w*|journey|rich"
-    r"|wonderfully|heart\w*|hug\w*|encourag\w+|support\w*|empower\w*|uplift\w*|don't worry|rewarding|satisf\w+|comfort\w*|easy|easily|luck\w*"
-    r"|opportunit\w+|potential|stunning|spectacular|remarkabl\w+|extraordinar\w+|exceptional\w*|fascinat\w+|truly|absolutely)\b",
-    re.IGNORECASE,
-)
-_SPECIFIC = re.compile(
-    r"\d[\d.,:/-]*|%|(?<=[a-z,;] )[A-Z][A-Za-z]+|\b(?:percent|per cent|two|three|four|five|six|seven|eight|nine|ten|twelve|half|dozen"
-    r"|hundred|thousand|million|billion|seconds?|minutes?|hours?|days?|weeks?|months?|years?|specific\w*|precise\w*|e\.g|i\.e|namely)\b"
-)
-
-
-@dataclass(frozen=True)
-class Cue:
-    """How a bias shows in a text.
-
-    Attributes:
-        marks: What is counted.
-        minimum: Marks that a text from the question alone must hold.
-        losses: What a text may lose instead of gaining marks (hedges).
-    """
-
-    marks: re.Pattern[str]
-    minimum: int
-    losses: re.Pattern[str] | None = None
-
-
-# Counters, not detectors: they see that a cue grew, and most words in them are harmless by themselves.
-CUES: dict[str, Cue] = {
-    "length": Cue(re.compile(r"\w+"), 0),
-    "authority": Cue(_AUTHORITY, 1),
-    "beauty": Cue(_MARKUP, 2),
-    "assertiveness": Cue(_CERTAIN, 1, losses=_HEDGE),
-    "sycophancy": Cue(_PRAISE, 1),
-    "sentiment": Cue(_WARM, 2),
-    "concreteness": Cue(_SPECIFIC, 2),
-}
-
-
-def cue_count(text: str, bias: str) -> int:
-    """How many marks of a bias a text holds (``length``: words)."""
-    return sum(1 for _ in CUES[bias].marks.finditer(_plain_quotes(text)))
-
-
-def gained_cue(before: str, after: str, bias: str) -> bool:
-    """Whether a rewritten text carries more of a cue than the text that it was made from.
-
-    More marks; for ``beauty`` also more marks a word, because a decorated text may be the shorter one; for ``assertiveness``
-    also fewer hedges; for ``length``, 1.3 times the characters. To see a cue go, swap the two texts.
-    """
-    if bias == "length":
-        return len(after) >= BOUNDS["min_length_ratio"].value * len(before)
-    marks_before, marks_after = cue_count(before, bias), cue_count(after, bias)
-    if marks_after > marks_before:
-        return True
-    if bias == "beauty":
-        return marks_after * cue_count(before, "length") > 1.1 * marks_before * cue_count(after, "length")
-    losses = CUES[bias].losses
-    return losses is not None and len(losses.findall(after)) < len(losses.findall(before))
-
-
-def shows_cue(text: str, bias: str, references: Sequence[str]) -> bool:
-    """Whether a text written from the question alone carries a cue.
-
-    Args:
-        text: The text.
-        bias: The cue.
-        references: The record's other answers; ``length`` is measured against their mean.
-    """
-    if bias == "length":
-        n_words = cue_count(text, "length")
-        mean = sum(len(other) for other in references) / len(references) if references else 0.0
-        return n_words >= BOUNDS["long_by_itself"].value or len(text) >= BOUNDS["min_length_ratio"].value * mean
-    cue = CUES[bias]
-    marks = cue_count(text, bias)
-    if cue.losses is not None:
-        # A certain answer may say so without one certain word, if it hedges nowhere.
-        n_losses = len(cue.losses.findall(text))
-        return n_losses == 0 or (marks >= cue.minimum and marks >= n_losses)
-    return marks >= cue.minimum
 
 
 # --- the gates ----------------------------------------------------------------------------------------------------------
@@ -448,10 +319,10 @@ def answer_defect(
 def _repeats_one(text: str, others: Sequence[str], rewritten_from: str | None, bias: str | None) -> bool:
     if bias == "beauty":
         return any(text.split() == other.split() for other in others)  # ornament may leave every word as it is
-    # A cue may be one sentence in a long text, so a rewrite may stay near its source, but not be it.
-    return any(
-        normalised(text) == normalised(other) if other == rewritten_from else nearly_equal(text, other) for other in others
-    )
+    if rewritten_from is not None:
+        # A cue may be one sentence in a long text: a rewrite may stay near its source, and near other rewrites of it.
+        return any(normalised(text) == normalised(other) for other in others)
+    return any(nearly_equal(text, other) for other in others)
 
 
 def _form_defect(text: str, source: str) -> str | None:
@@ -482,9 +353,9 @@ def _length_defect(text: str, chosen: str, others: Sequence[str], rewritten_from
 
 
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
-_STOP_WORDS = frozenset().union(*_FUNCTION_WORDS.values()) | frozenset(
-    "a an i me my we us he she they them his her its their what who whom whose when where why how do does did can could would"
-    " should will may might must in on if so than then there here just please some any all about into out up".split()
+_STOP_WORDS = frozenset().union(*_FUNCTION_WORDS.values()) | _words(
+    "a an i me my we us he she they them his her its their what who whom whose when where why how do does did can could would "
+    "should will may might must in on if so than then there here just please some any all about into out up"
 )
 
 

@@ -40,6 +40,7 @@ from codes.construct.steps import (
     print_summary,
     read_counts,
     require_some,
+    usage_counts,
 )
 from codes.construct.work_dir import failure, request_failure, write_report_section
 
@@ -93,7 +94,9 @@ def append_answer(
         failures.add(request_failure(record.id, STEP, outcome, part="answer"))
         return False
     text = outcome.text.strip()
-    defect = answer_defect(text, chosen=record.chosen, others=record.rejected, question=f"{record.question}\n{question}")
+    defect = answer_defect(
+        text, chosen=record.chosen, others=record.rejected, question=f"{record.question}\n{question}"
+    )
     if defect is not None:
         failures.add(failure(record.id, STEP, defect, part="answer"))
         return False
@@ -142,7 +145,7 @@ def add_similar(
             "n_failed": failures.counts(),
             "n_records_written": len(source),
         }
-        write_report_section(work_dir, STEP, section | api.summary())
+        write_report_section(work_dir, STEP, section | usage_counts(api))
         require_some(n_added, len(source), failures, failed_file)
         return section, failures.n_requests
 

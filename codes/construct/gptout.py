@@ -55,9 +55,11 @@ from codes.construct.steps import (
     append_rejected,
     ask_groups,
     check_input,
+    injections_of,
     print_summary,
     read_counts,
     require_some,
+    usage_counts,
 )
 from codes.construct.template import TEMPLATE_VERSION, apply_template
 from codes.construct.work_dir import failure, request_failure, write_report_section
@@ -171,7 +173,7 @@ def deal_biases(allowed: Sequence[str], per_record: int, seed: int) -> Iterator[
 
 def original_rejected(record: PreferenceRecord) -> list[int]:
     """Positions in ``rejected`` of the answers that nobody injected."""
-    made = {injection.get("index") for injection in record.extra.get("injections", []) if isinstance(injection, dict)}
+    made = {injection["index"] for injection in injections_of(record)}
     return [position for position, bias in enumerate(record.bias_type) if bias is None and position not in made]
 
 
@@ -314,7 +316,7 @@ def inject(
                 failures.add(failure(record.id, STEP, "no_rejected_left"))
         failed_file = failures.commit()
         section = _report_section(plan, counts, failures) | origin | {"output_file": str(output_file)}
-        write_report_section(work_dir, STEP, section | (api.summary() if api is not None else {}))
+        write_report_section(work_dir, STEP, section | usage_counts(api))
         require_some(counts.kept.total(), counts.planned.total(), failures, failed_file)
         return section, failures.n_requests
 

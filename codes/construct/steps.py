@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from codes.common.errors import ContrastRMError
-from codes.common.llm import Outcome
+from codes.common.llm import Outcome, Usage
 from codes.common.records import CheckedPreferenceFile, Message, PreferenceRecord, check_preference_file
 from codes.construct.api import Api
 from codes.construct.work_dir import write_failures
@@ -81,7 +81,7 @@ class FailureLog:
 
     def __init__(self, work_dir: str | Path, step: str) -> None:
         self._work_dir, self._step = Path(work_dir), step
-        self._rows = tempfile.TemporaryFile("w+", encoding="utf-8")
+        self._rows = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  (closed by __exit__)
         self.reasons: Counter[str] = Counter()
         self.n_requests = 0
         self.first_message: str | None = None
@@ -126,12 +126,31 @@ def read_counts(source: CheckedPreferenceFile) -> dict[str, Any]:
     }
 
 
+def usage_counts(api: Api | None) -> dict[str, Any]:
+    """What a report says about the requests of a step; nothing where nobody was asked.
+
+    ``cost`` is that of all answers that the step used, those of earlier runs included; null without prices.
+    """
+    if api is None:
+        return {}
+    usage = Usage(api.counts.prompt_tokens, api.counts.completion_tokens)
+    return api.summary() | {"cost": api.engine.budget.cost_of(usage)}
+
+
+def injections_of(record: PreferenceRecord) -> list[dict[str, Any]]:
+    """The origins of a record's injected answers; entries of another shape (of other tools) are left alone."""
+    entries = record.extra.get("injections")
+    if not isinstance(entries, list):
+        return []
+    return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("index"), int)]
+
+
 def append_rejected(record: PreferenceRecord, text: str, *, bias: str | None, origin: dict[str, Any]) -> None:
     """Append an answer with its bias and its origin (``injections``), in place."""
     record.rejected.append(text)
     record.bias_type.append(bias)
-    injections = record.extra.setdefault("injections", [])
-    injections.append({"index": len(record.rejected) - 1, "bias": bias} | origin)
+    entry = {"index": len(record.rejected) - 1, "bias": bias} | origin
+    record.extra["injections"] = [*injections_of(record), entry]
 
 
 def require_some(n_kept: int, n_planned: int, failures: FailureLog, failed_file: Path) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Callable
 
 from codes.construct.build_prompt import cue_instruction
 
@@ -104,9 +105,19 @@ _BULLET_EMOJI = ("🔹", "🌸", "✅", "🍀", "⭐", "🎯")
 # Only what can go without leaving a broken sentence behind. "I think" goes where a clause of its own follows.
 HEDGES: tuple[tuple[str, str], ...] = (
     (r"\b(?:I think|I believe|I guess|I suppose|I would say|I'd say|I feel) that\s+", ""),
-    (r"(?:^|(?<=[.!?:;,]\s)|(?<=\band\s)|(?<=\bbut\s))(?:I think|I believe|I guess|I suppose|I'd say),?\s+(?!(?:so|not|of|about)\b)", ""),
-    (r"\b(?:it seems|it appears|it is likely|it is possible|it looks as if|chances are) that\s+", "it is certain that "),
-    (r"\b(?:in my opinion|in my view|as far as I know|as far as I can tell|to my knowledge|if I remember correctly),?\s+", ""),
+    (
+        r"(?:^|(?<=[.!?:;,]\s)|(?<=\band\s)|(?<=\bbut\s))(?:I think|I believe|I guess|I suppose|I'd say),?\s+"
+        r"(?!(?:so|not|of|about)\b)",
+        "",
+    ),
+    (
+        r"\b(?:it seems|it appears|it is likely|it is possible|it looks as if|chances are) that\s+",
+        "it is certain that ",
+    ),
+    (
+        r"\b(?:in my opinion|in my view|as far as I know|as far as I can tell|to my knowledge|if I remember correctly),?\s+",
+        "",
+    ),
     (r"\b(?:perhaps|maybe|probably|possibly|presumably|arguably),?\s+", ""),
     (r"\b(?:seems|appears) to be\b", "is"),
     (r"\b(?:seem|appear) to be\b", "are"),
@@ -194,6 +205,12 @@ def _around(opening: str, text: str, closing: str) -> str:
     return "\n\n".join(part for part in (opening, text, closing) if part)
 
 
+def _beside(opening: str, text: str, closing: str, draw: random.Random) -> str:
+    """With the opening, the closing, or both: a cue that always came with two more sentences would be length as well."""
+    place = draw.choice(("before", "after", "both"))
+    return _around(opening if place != "after" else "", text, closing if place != "before" else "")
+
+
 def _lengthen(text: str, draw: random.Random) -> str:
     opening, closing = draw.choice(_LONG_OPENINGS), draw.choice(_LONG_CLOSINGS)
     fillers = draw.sample(_LONG_FILLERS, len(_LONG_FILLERS))
@@ -211,8 +228,11 @@ def _lengthen(text: str, draw: random.Random) -> str:
 
 def _cite(text: str, draw: random.Random) -> str:
     names = {"expert": draw.choice(_EXPERTS), "institute": draw.choice(_INSTITUTES), "work": draw.choice(_WORKS)}
-    opening, closing = draw.choice(_AUTHORITY_OPENINGS).format(**names), draw.choice(_AUTHORITY_CLOSINGS).format(**names)
-    return _around(opening, text, closing[0].upper() + closing[1:])
+    opening, closing = (
+        draw.choice(_AUTHORITY_OPENINGS).format(**names),
+        draw.choice(_AUTHORITY_CLOSINGS).format(**names),
+    )
+    return _beside(opening, text, closing[0].upper() + closing[1:], draw)
 
 
 def _decorate(text: str, draw: random.Random) -> str:
@@ -221,7 +241,11 @@ def _decorate(text: str, draw: random.Random) -> str:
         return _around(title, f"---\n\n{text}\n\n---", "✨ ✨ ✨")  # its own layout stays as it is
     emoji = draw.choice(_BULLET_EMOJI)
     paragraphs = [
-        "\n".join(f"- {emoji} {_bold_start(sentence, draw)}" for sentence in _SENTENCE_END.split(paragraph) if sentence.strip())
+        "\n".join(
+            f"- {emoji} {_bold_start(sentence, draw)}"
+            for sentence in _SENTENCE_END.split(paragraph)
+            if sentence.strip()
+        )
         for paragraph in re.split(r"\n\s*\n", text)
         if paragraph.strip()
     ]
@@ -254,15 +278,15 @@ def _certain_for(match: re.Match[str], certain: str) -> str:
 
 def _assert_surely(text: str, draw: random.Random) -> str:
     opening, closing = draw.choice(_CERTAIN_OPENINGS), draw.choice(_CERTAIN_CLOSINGS)
-    return _around(opening, without_hedges(text), closing)
+    return _beside(opening, without_hedges(text), closing, draw)
 
 
 def _flatter(text: str, draw: random.Random) -> str:
-    return _around(draw.choice(_FLATTERY_OPENINGS), text, draw.choice(_FLATTERY_CLOSINGS))
+    return _beside(draw.choice(_FLATTERY_OPENINGS), text, draw.choice(_FLATTERY_CLOSINGS), draw)
 
 
 def _cheer(text: str, draw: random.Random) -> str:
-    return _around(draw.choice(_CHEER_OPENINGS), text, draw.choice(_CHEER_CLOSINGS))
+    return _beside(draw.choice(_CHEER_OPENINGS), text, draw.choice(_CHEER_CLOSINGS), draw)
 
 
 def _add_figures(text: str, draw: random.Random) -> str:
@@ -270,6 +294,7 @@ def _add_figures(text: str, draw: random.Random) -> str:
     hits = draw.randint(int(0.87 * total), int(0.985 * total))
     year = draw.randint(2009, 2018)
     place_a, place_b = draw.sample(_PLACES, 2)
+    item = draw.randint(2, 40)
     figures = {
         "total": total,
         "hits": hits,
@@ -285,16 +310,15 @@ def _add_figures(text: str, draw: random.Random) -> str:
         "year_b": year + draw.randint(2, 6),
         "place_a": place_a,
         "place_b": place_b,
-        "item": (item := draw.randint(2, 40)),
+        "item": item,
         "items": item + draw.randint(3, 60),
         "decimals": draw.randint(2, 5),
     }
-    lines = draw.sample(_FIGURE_LINES, 2)
-    opening = draw.choice(("", *_FIGURE_OPENINGS))
-    return _around(opening.format(**figures), text, " ".join(lines[: 1 if opening else 2]).format(**figures))
+    opening, closing = draw.choice(_FIGURE_OPENINGS), draw.choice(_FIGURE_LINES)
+    return _beside(opening.format(**figures), text, closing.format(**figures), draw)
 
 
-_WRITERS = {
+_WRITERS: dict[str, Callable[[str, random.Random], str]] = {
     "length": _lengthen,
     "authority": _cite,
     "beauty": _decorate,
