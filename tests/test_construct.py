@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import signal
@@ -13,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -662,122 +660,3 @@ def test_a_server_that_does_not_start_is_reported_with_its_log(tmp_path: Path, s
 def test_the_embedded_server_needs_a_command() -> None:
     with pytest.raises(ContrastRMError, match="after --"):
         embedded_server.main(["--model_path", "embedded"])
-
-
-# --- the loader of the public sets
-# -----------------------------------------------------------------------------------
-
-
-def load_fetch_public() -> ModuleType:
-    path = REPO_ROOT / "data" / "train-unified-feedback" / "fetch_public.py"
-    spec = importlib.util.spec_from_file_location("fetch_public", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def hub_conversation(*contents: str) -> list[dict[str, str]]:
-    return [{"role": ("user", "assistant")[position % 2], "content": text} for position, text in enumerate(contents)]
-
-
-UNIFIED_ROW = {
-    "id": 1,
-    "source": "openai/summarize",
-    "conv_A": hub_conversation("Name a prime.", "Nine."),
-    "conv_B": hub_conversation("Name a prime.", "Seven."),
-    "conv_A_rating": 0.0,
-    "conv_B_rating": 1.0,
-}
-GRAM_ROW = {
-    "instruction": (
-        "Judge the two.\n[User Question]\nName a\nprime.\n\n[The Start of Assistant A's Answer]\nSeven.\n"
-        "[The End of Assistant A's Answer]\n\n[The Start of Assistant B's Answer]\nNine.\n[The End of "
-        "Assistant B's Answer]\n#Preferred:"
-    ),
-    "output": "A",
-}
-
-
-def test_public_rows_become_records_that_our_reader_takes(tmp_path: Path) -> None:
-    fetch = load_fetch_public()
-    later = {**UNIFIED_ROW, "conv_A": hub_conversation("Hi", "Hello", "A prime?", "2"), "conv_A_rating": 2.0}
-    later["conv_B"] = hub_conversation("Hi", "Hello", "A prime?", "4")
-    cases = {"unified-feedback": [UNIFIED_ROW, later], "gram": [GRAM_ROW, {**GRAM_ROW, "output": "B"}]}
-    for name, rows in cases.items():
-        # Through the loader that the hub's files go through.
-        hub_file = write_rows(tmp_path / f"{name}-hub.jsonl", rows)
-        import datasets
-
-        loaded = datasets.load_dataset(
-            "json", data_files=str(hub_file), split="train", cache_dir=str(tmp_path / "cache")
-        )
-        source = fetch.SOURCES[name]
-        parsed = fetch.parse_rows(loaded, source)
-        meta_file = fetch.write_records(parsed, tmp_path / f"{name}.jsonl", source, revision="abc123")
-        records, report = read_preference_file(tmp_path / f"{name}.jsonl")
-        assert report.n_good == 2 and not parsed.skipped
-        assert json.loads(meta_file.read_text())["revision"] == "abc123"
-        if name == "gram":
-            assert [(record.question, record.chosen) for record in records] == [
-                ("Name a\nprime.", "Seven."),
-                ("Name a\nprime.", "Nine."),
-            ]
-        else:
-            assert (records[0].chosen, records[0].rejected) == ("Seven.", ["Nine."])
-            assert (
-                len(records[1].messages) == 3 and records[1].chosen == "2" and records[1].source == "openai/summarize"
-            )
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "reason"),
-    [
-        ("unified-feedback", {"conv_A_rating": 1.0}, "equal_ratings"),
-        ("unified-feedback", {"conv_A_rating": None}, "no_rating"),
-        ("unified-feedback", {"conv_A_rating": float("nan")}, "no_rating"),
-        ("unified-feedback", {"conv_A": hub_conversation("Name a number.", "Nine.")}, "prompts_differ"),
-        ("unified-feedback", {"conv_A": hub_conversation("Name a prime.", "Seven. ")}, "equal_answers"),
-        ("unified-feedback", {"conv_A": hub_conversation("Name a prime.", " ")}, "empty_answer"),
-        ("unified-feedback", {"conv_A": hub_conversation("Name a prime.")}, "no_conversation"),
-        ("unified-feedback", {"conv_A": [{"role": "tool", "content": "x"}] * 2}, "malformed_turn"),
-        ("unified-feedback", {"conv_A": hub_conversation("a", "b", "c")}, "does_not_end_with_an_answer"),
-        ("unified-feedback", {}, "duplicate"),
-        ("gram", {"output": "C"}, "no_label"),
-        ("gram", {"output": None}, "no_label"),
-        ("gram", {"instruction": "Judge."}, "markers_missing"),
-        ("gram", {"instruction": GRAM_ROW["instruction"] + "[User Question]"}, "markers_repeated"),
-        ("gram", {"instruction": 7}, "no_instruction"),
-    ],
-)
-def test_a_public_row_that_is_no_pair_is_counted(name: str, change: dict[str, Any], reason: str) -> None:
-    fetch = load_fetch_public()
-    good = UNIFIED_ROW if name == "unified-feedback" else GRAM_ROW
-    parsed = fetch.parse_rows([good, {**good, **change}], fetch.SOURCES[name])
-    assert len(parsed.records) == 1 and dict(parsed.skipped) == {reason: 1}
-
-
-def test_a_changed_schema_and_an_unreachable_hub_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fetch = load_fetch_public()
-    with pytest.raises(ContrastRMError, match="no field output; found instruction, label"):
-        fetch.parse_rows([{"instruction": "x", "label": "A"}], fetch.SOURCES["gram"])
-    with pytest.raises(ContrastRMError, match="none of 1 rows can be used \\(no_label 1\\)"):
-        source = fetch.SOURCES["gram"]
-        fetch.write_records(
-            fetch.parse_rows([{**GRAM_ROW, "output": ""}], source), tmp_path / "x", source, revision="r"
-        )
-    code = "from huggingface_hub import constants; print(constants.HF_HUB_OFFLINE)"
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPO_ROOT)}
-    assert (
-        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout == "True\n"
-    )
-    script = REPO_ROOT / "data" / "train-unified-feedback" / "fetch_public.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--dataset", "gram", "--output_file", str(tmp_path / "gram.jsonl")],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and "cannot load NiuTrans/GRAM-fine-tuning-65k" in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr and not (tmp_path / "gram.jsonl").exists()

@@ -340,9 +340,9 @@ def test_content_is_compared_in_scripts_without_spaces() -> None:
     )
 
 
-def pass_rates(folder: Path, bias: str) -> tuple[float, float]:
-    """Shares of a file's better and worse rewrites that pass the gates."""
-    records = read_bias_file(folder / eval_file_name(bias))[0]
+def pass_rates(folder: Path, bias: str, step: int = 1) -> tuple[float, float]:
+    """Shares of the better and worse rewrites of a file's every so-manieth row that pass the gates."""
+    records = read_bias_file(folder / eval_file_name(bias))[0][::step]
     n_lost = n_gained = 0
     for record in records:
         about: dict[str, Any] = {
@@ -365,7 +365,7 @@ def test_the_projects_own_rewrites_pass(bias: str) -> None:
 @pytest.mark.parametrize("bias", INJECTABLE)
 def test_most_public_rewrites_pass(bias: str) -> None:
     # The public concreteness rows keep the figures of the better answer in one of five cases.
-    assert min(pass_rates(Path(str(EXTERNAL)) / "judgebias_dev", bias)) >= 0.75
+    assert min(pass_rates(Path(str(EXTERNAL)) / "judgebias_dev", bias, step=4)) >= 0.75
 
 
 def test_every_bound_says_why() -> None:
