@@ -757,7 +757,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--input_file", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True, help="gets <bias>_bias.jsonl for each bias")
-    parser.add_argument("--bias_types", default="all", help=f"all, or some of {','.join(EVALUABLE)}")
+    parser.add_argument(
+        "--bias_types",
+        default="all",
+        help=f"all that the strategy can make (template: not refinement-aware), or some of {','.join(EVALUABLE)}",
+    )
     parser.add_argument("--strategy", choices=("rewrite", "template"), default="rewrite", help="template: by rule")
     parser.add_argument(
         "--rejected", choices=("first", "all"), default="first", help="which original rejected answers make pairs"
