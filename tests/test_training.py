@@ -352,17 +352,19 @@ def test_training_respects_the_models_own_limit_and_a_short_run_warms_up(
 # --- packs
 
 
-@pytest.mark.parametrize("extra", [(), ("--gradient_checkpointing", "1"), ("--max_tokens_per_batch", "1")])
+@pytest.mark.parametrize(
+    "steps, extra", [(200, ()), (40, ("--gradient_checkpointing", "1")), (40, ("--max_tokens_per_batch", "1"))]
+)
 def test_packing_does_not_change_the_learning(
-    tiny_base_dir: Path, train_file: Path, tmp_path: Path, extra: tuple[str, ...]
+    tiny_base_dir: Path, train_file: Path, tmp_path: Path, steps: int, extra: tuple[str, ...]
 ) -> None:
     # Slow enough that the losses stay away from 0, where Adam would blow rounding up.
-    common = ("--global_batch_size", "4", "--epochs", "20", "--learning_rate", "1e-4", *extra)
+    common = ("--global_batch_size", "4", "--max_steps", str(steps), "--learning_rate", "3e-5", *extra)
     logs = {
         packing: train_here(tiny_base_dir, train_file, tmp_path / packing, *common, "--packing", packing)
         for packing in ("off", "packed", "shared")
     }
-    assert len(logs["off"]) == 60 and losses(logs["off"])[-1] < 0.9 * losses(logs["off"])[0]
+    assert len(logs["off"]) == steps and losses(logs["off"])[-1] < 0.98 * losses(logs["off"])[0]
     for packing in ("packed", "shared"):
         assert losses(logs[packing]) == pytest.approx(losses(logs["off"]), abs=1e-4)
         assert_same_weights(tmp_path / "off", tmp_path / packing, 1e-4)
