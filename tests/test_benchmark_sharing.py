@@ -1,4 +1,7 @@
-"""The token counts of the sharing benchmark, on texts small enough to count by hand. Run: ``python -m pytest tests/test_sharing.py``"""
+"""The token counts of the sharing benchmark, on texts small enough to count by hand.
+
+Run: ``python -m pytest tests/test_benchmark_sharing.py``
+"""
 
 from __future__ import annotations
 
