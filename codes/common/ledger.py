@@ -197,7 +197,8 @@ def _to_row(outcome: Recorded) -> dict[str, Any]:
 def _read_row(row: dict[str, Any]) -> Recorded:
     if "failed" in row:
         return RowError(row["message"], reason=row["failed"], attempts=row["attempts"])
-    return Completion(row["text"], row["finish_reason"], row["prompt_tokens"], row["completion_tokens"])
+    attempts = row.get("attempts", 1)
+    return Completion(row["text"], row["finish_reason"], row["prompt_tokens"], row["completion_tokens"], attempts)
 
 
 def _index(path: Path) -> tuple[OffsetTable, int]:

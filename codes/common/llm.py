@@ -20,7 +20,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -272,7 +272,7 @@ class LlmClient:
         except RowError as error:
             error.attempts = n_attempts
             raise
-        return completion
+        return replace(completion, attempts=n_attempts)
 
     async def _pass_gate(
         self, request: CompletionRequest, need: Need, gate: Gate, breaker: Breaker, order: int
@@ -367,7 +367,7 @@ def usable(recorded: Recorded, *, max_tokens: int, accept_cut_off: bool) -> Outc
     """What a recorded outcome is worth to a request: a cut-off answer only where it is accepted."""
     if isinstance(recorded, Completion) and recorded.finish_reason == "length" and not accept_cut_off:
         message = f"the answer was cut off at {max_tokens} tokens; raise --max_new_tokens"
-        return RowError(message, reason="cut_off")
+        return RowError(message, reason="cut_off", attempts=recorded.attempts)
     return recorded
 
 
