@@ -2,9 +2,9 @@
 
 Answers every request after a latency that its body decides, with a text that its body decides, so that two
 runs get the same. Prints its base URL, then serves until its standard input closes (the starter is gone).
-Standard library only. Writes the hash of each body to ``--log_file`` as it arrives. Example:
+Writes the hash of each body to ``--log_file`` as it arrives; the answer to it is ``english(hash, words)``.
 
-``python benchmarks/engine_server.py --min_seconds 1 --max_seconds 3``
+``PYTHONPATH=. python benchmarks/engine_server.py --min_seconds 1 --max_seconds 3``
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import asyncio
 import hashlib
 import json
 import sys
-import time
 from pathlib import Path
 from typing import TextIO
+
+from tests.chat_server import english
 
 
 class Chat(asyncio.Protocol):
@@ -44,7 +45,7 @@ class Chat(asyncio.Protocol):
         body, self.buffer = rest[:length], rest[length:]
         digest = hashlib.sha256(body).hexdigest()
         if self.log is not None:
-            self.log.write(f"{digest} {time.time():.6f}\n")
+            self.log.write(digest + "\n")
             self.log.flush()
         share = int(digest[:8], 16) / 0xFFFFFFFF
         seconds = self.min_seconds + share * (self.max_seconds - self.min_seconds)
@@ -62,7 +63,7 @@ class Chat(asyncio.Protocol):
 
 def answer(digest: str, words: int) -> bytes:
     """A whole HTTP response whose text follows from the digest."""
-    text = " ".join(hashlib.md5(f"{digest}{number}".encode()).hexdigest()[:5] for number in range(words))
+    text = english(digest, words)
     body = json.dumps(
         {
             "id": "chatcmpl-1",
