@@ -26,6 +26,8 @@ from tests.chat_server import english
 REPO_ROOT = Path(__file__).resolve().parents[1]
 WORDS = 90
 CONCURRENCY = 8
+# So many kills come at any time within the first seconds, whatever has been sent by then.
+START_SHARE = 0.2
 START_SECONDS = 3.0
 
 
@@ -87,10 +89,12 @@ class Bench:
 
     def kill_once(self, name: str, draw: random.Random, requests_a_kill: float) -> bool:
         """Start, wait for a random moment, kill; whether there was anything left to kill."""
-        target = len(self.sent()) + draw.randint(0, max(1, round(2 * requests_a_kill)))
+        is_at_start = draw.random() < START_SHARE
+        target = len(self.sent()) + draw.randint(1, max(2, round(2 * requests_a_kill)))
         child = self.start(name)
-        deadline = time.monotonic() + draw.uniform(0.2, 1.5) * START_SECONDS
-        while child.poll() is None and len(self.sent()) < target and time.monotonic() < deadline:
+        if is_at_start:
+            time.sleep(draw.uniform(0, START_SECONDS))
+        while not is_at_start and child.poll() is None and len(self.sent()) < target:
             time.sleep(0.005)
         time.sleep(draw.uniform(0, 0.05))
         was_running = child.poll() is None

@@ -605,7 +605,9 @@ class Engine:
         except RowError as error:
             outcome = error
         except RetriableError as error:
-            self._failed[key] = error
+            # Without its history: that holds the request with all its text, and the key.
+            error.__context__ = None
+            self._failed[key] = error.with_traceback(None)
             return
         self._ledger.add(key, request.model, outcome)
 
