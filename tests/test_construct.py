@@ -440,6 +440,18 @@ def test_a_server_that_does_not_start_is_reported_with_its_log(tmp_path: Path, s
     assert output.startswith("error: ") and "Traceback" not in output
 
 
+def test_a_server_that_dies_under_the_run_stops_it(tmp_path: Path, start: Start) -> None:
+    script = STAND_IN.replace(
+        "http.server.HTTPServer(", "import threading\nthreading.Timer(3.0, die).start()\nhttp.server.HTTPServer("
+    )
+    script = "def die():\n    print('out of memory', flush=True)\n    os._exit(9)\n" + script
+    command = [sys.executable, "-c", f"import time; time.sleep({PATIENCE})"]
+    supervisor = start_supervisor(start, tmp_path, script, *command)
+    output, _ = supervisor.communicate(timeout=PATIENCE / 2)
+    assert supervisor.returncode == 2 and "ended with code 9" in output and "out of memory" in output
+    assert "Traceback" not in output
+
+
 def test_the_embedded_server_needs_a_command() -> None:
     with pytest.raises(ContrastRMError, match="after --"):
         embedded_server.main(["--model_path", "embedded"])
