@@ -22,6 +22,8 @@ ALLOWED = {
     "evaluate": ("codes.common", "codes.train.reward_model"),
 }
 SCRIPT_FOLDERS = ("data", "scripts", "benchmarks")
+# The benchmarks are a package of their own: its modules, and the tests of it, import each other. Nothing else imports them.
+BENCHMARKS_TESTS = ("tests.test_benchmarks", "tests.test_benchmark_sharing")
 
 
 def python_files(*folders: str) -> list[Path]:
@@ -62,7 +64,8 @@ def script_imports(source: str, module: str, script_names: set[str]) -> list[str
     return [
         name
         for name in imported_names(source, module)
-        if name.split(".")[0] in SCRIPT_FOLDERS or name.split(".")[0] in script_names
+        if (name.split(".")[0] in SCRIPT_FOLDERS or name.split(".")[0] in script_names)
+        and not (is_within(name, "benchmarks") and (is_within(module, "benchmarks") or module in BENCHMARKS_TESTS))
     ]
 
 
@@ -145,6 +148,10 @@ def test_script_imports_and_path_edits_are_found() -> None:
     assert script_imports("from data.train import loader", "codes.train.x", set())
     assert script_imports("import fetch_public", "codes.train.x", {"fetch_public"})
     assert not script_imports("import datasets", "codes.train.x", {"fetch_public"})
+    assert script_imports("from benchmarks.common import now", "codes.train.x", set())
+    assert script_imports("from benchmarks.common import now", "tests.test_chat", set())
+    assert script_imports("from data.train import loader", "benchmarks.rows", set())
+    assert not script_imports("from benchmarks.common import now", "benchmarks.rows", set())
     assert search_path_edits("import sys\n\nsys.path.insert(0, '.')") == [3]
     assert search_path_edits("from sys import path") == [1]
     assert search_path_edits("import os, sys\nos.path.join(sys.prefix)") == []

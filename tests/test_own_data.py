@@ -137,7 +137,7 @@ def share(flags: Iterable[bool]) -> float:
 
 def test_training_rows_hold_one_original_and_injected_answers_named_in_injections() -> None:
     records = train_records()
-    assert len(records) >= 60
+    assert len(records) >= 150
     for record in records:
         assert record.bias_type[0] is None and len(record.rejected) == 3, record.id
         assert None not in record.bias_type[1:] and len(set(record.bias_type[1:])) == 2, record.id
@@ -160,7 +160,7 @@ def test_sample_is_the_training_set_without_its_injections() -> None:
 @pytest.mark.parametrize("name", PAIRWISE)
 def test_bias_file_is_clean_and_large_enough(name: str) -> None:
     records = pairs_of(name)
-    assert len(records) >= 20
+    assert len(records) >= 40
     assert find_defects(records) == {}
     for record in records:
         assert len(set(record.original)) == 2 and len(set(record.rewritten)) == 2, record.line
@@ -168,7 +168,7 @@ def test_bias_file_is_clean_and_large_enough(name: str) -> None:
 
 def test_refinement_file_is_clean_and_large_enough() -> None:
     records = refinement_records()
-    assert len(records) >= 20
+    assert len(records) >= 40
     assert find_defects(records) == {}
     assert all(record.original_response != record.rewritten_response for record in records)
 
@@ -177,7 +177,7 @@ def test_reward_bench_sample_has_all_subsets() -> None:
     records = reward_bench_records()
     counts = Counter(record.subset for record in records)
     assert {subset.name for subset in SUBSETS} == set(counts) and len(counts) == 23
-    assert min(counts.values()) >= 2
+    assert min(counts.values()) >= 4
     assert len({record.id for record in records}) == len(records)
     assert all(record.chosen.strip() and record.rejected.strip() for record in records)
     assert all(record.chosen != record.rejected for record in records)
@@ -342,7 +342,7 @@ def test_identity_sentence_stands_before_the_better_text_only(name: str) -> None
         sentence = better_after.removesuffix(better_before).strip()
         assert re.fullmatch(r"[^.!?\n]+\.", sentence) and len(sentence.split()) <= 12, (record.line, sentence)
         added.append(sentence)
-    assert len(set(added)) >= 20, "the sentences should vary"
+    assert len(set(added)) >= 40, "the sentences should vary"
 
 
 def test_injected_training_answers_carry_their_cue() -> None:

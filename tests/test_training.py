@@ -22,9 +22,19 @@ from safetensors.torch import load_file
 
 from codes.common.chat import ChatFormatter, Conversation, EncodedText
 from codes.common.errors import ContrastRMError
+from codes.common.packing import build_pack
 from codes.common.records import read_preference_file
 from codes.common.scoring import Scorer
-from codes.train.data_utils import Group, collate_groups, encode_groups, plan_epoch, shard_step
+from codes.train.data_utils import (
+    Group,
+    collate_groups,
+    count_micro_steps,
+    encode_groups,
+    plan_epoch,
+    shard_step,
+)
+from codes.train.master_weights import MasterAdamW
+from codes.train.memory import activation_bytes_per_token, choose_token_budget, state_bytes
 from codes.train.reward_model import load_reward_model
 from codes.train.train_reward_model import Schedule, main, resolve_precision
 from tests.conftest import REPO_ROOT, run_module
@@ -193,8 +203,11 @@ def test_saved_model_reloads_to_the_trained_scores(tiny_base_dir: Path, train_fi
     assert "reward-model" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_killed_and_resumed_equals_uninterrupted(tiny_base_dir: Path, train_file: Path, tmp_path: Path) -> None:
-    extra = ("--global_batch_size", "2", "--epochs", "12", "--save_steps", "5")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_killed_and_resumed_equals_uninterrupted(
+    tiny_base_dir: Path, train_file: Path, tmp_path: Path, precision: str
+) -> None:
+    extra = ("--global_batch_size", "2", "--epochs", "12", "--save_steps", "5", "--precision", precision)
     whole = train_here(tiny_base_dir, train_file, tmp_path / "whole", *extra)
     out = tmp_path / "killed"
     command = [
@@ -334,3 +347,142 @@ def test_training_respects_the_models_own_limit_and_a_short_run_warms_up(
     assert "warm-up takes 1 of the 4 steps instead of 100" in printed
     rates = [entry["train/learning_rate"] for entry in read_log(tmp_path / "out")]
     assert rates == pytest.approx([3e-3, 3e-3, 2e-3, 1e-3])
+
+
+# --- packs
+
+
+@pytest.mark.parametrize(
+    "steps, extra", [(200, ()), (40, ("--gradient_checkpointing", "1")), (40, ("--max_tokens_per_batch", "1"))]
+)
+def test_packing_does_not_change_the_learning(
+    tiny_base_dir: Path, train_file: Path, tmp_path: Path, steps: int, extra: tuple[str, ...]
+) -> None:
+    # Slow enough that the losses stay away from 0, where Adam would blow rounding up.
+    common = ("--global_batch_size", "4", "--max_steps", str(steps), "--learning_rate", "3e-5", *extra)
+    logs = {
+        packing: train_here(tiny_base_dir, train_file, tmp_path / packing, *common, "--packing", packing)
+        for packing in ("off", "packed", "shared")
+    }
+    assert len(logs["off"]) == steps and losses(logs["off"])[-1] < 0.98 * losses(logs["off"])[0]
+    for packing in ("packed", "shared"):
+        assert losses(logs[packing]) == pytest.approx(losses(logs["off"]), abs=1e-4)
+        assert_same_weights(tmp_path / "off", tmp_path / packing, 1e-4)
+        assert [entry["n_groups"] for entry in logs[packing]] == [entry["n_groups"] for entry in logs["off"]]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    costs=st.lists(st.integers(1, 60), min_size=1, max_size=30),
+    max_tokens=st.integers(1, 150),
+    world=st.integers(1, 3),
+    most=st.integers(0, 4),
+    batch=st.integers(1, 12),
+)
+def test_micro_batches_keep_the_token_budget(
+    costs: list[int], max_tokens: int, world: int, most: int, batch: int
+) -> None:
+    steps = plan_epoch(len(costs), batch, seed=1, epoch=0)
+    micro_steps = count_micro_steps(steps, costs, max_tokens=max_tokens, micro_batch_size=most, world_size=world)
+    heaviest = 0
+    for step in steps:
+        for rank in range(world):
+            for one in shard_step(
+                step, costs, micro_steps=micro_steps, rank=rank, world_size=world, micro_batch_size=most
+            ):
+                load = sum(costs[index] for index in one.groups)
+                assert load <= max_tokens or len(one.groups) == 1
+                assert not most or len(one.groups) <= most
+                heaviest = max(heaviest, load)
+    # Fewer micro-steps would not do: one group a micro-batch, or some step that breaks a limit.
+    assert micro_steps <= max(-(-len(step) // world) for step in steps)
+
+
+def test_masters_move_as_float32_weights_do() -> None:
+    """The same gradients move float32 masters as they move float32 weights, and the model holds them rounded."""
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(5, 3)
+    rounded = torch.nn.Linear(5, 3, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for mine, theirs in zip(plain.parameters(), rounded.parameters(), strict=True):
+            mine.copy_(theirs)
+    groups = [{"params": list(rounded.parameters()), "weight_decay": 0.1}]
+    masters = MasterAdamW(groups, lr=1e-2)
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.1)
+    for _ in range(5):
+        for _ in range(3):  # micro-batches
+            inputs = torch.randn(4, 5).bfloat16()
+            rounded(inputs).float().square().sum().backward()
+            assert all(weight.grad is None for weight in rounded.parameters())
+        for mine, master in zip(plain.parameters(), masters.param_groups[0]["params"], strict=True):
+            mine.grad = master.grad.clone()
+        masters.step()
+        reference.step()
+        masters.zero_grad()
+        for mine, master, weight in zip(
+            plain.parameters(), masters.param_groups[0]["params"], rounded.parameters(), strict=True
+        ):
+            torch.testing.assert_close(master, mine, atol=1e-6, rtol=0)
+            assert torch.equal(weight, master.bfloat16())
+    # Small steps are not lost to rounding: they add up in the masters.
+    stored = masters.state_dict()
+    again = MasterAdamW([{"params": list(rounded.parameters()), "weight_decay": 0.1}], lr=1e-2)
+    again.load_state_dict(stored)
+    for one, other in zip(again.param_groups[0]["params"], masters.param_groups[0]["params"], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_bfloat16_training_follows_float32(tiny_base_dir: Path, train_file: Path, tmp_path: Path) -> None:
+    common = ("--global_batch_size", "4", "--epochs", "20", "--learning_rate", "1e-4")
+    exact = train_here(tiny_base_dir, train_file, tmp_path / "fp32", *common)
+    rounded = train_here(tiny_base_dir, train_file, tmp_path / "bf16", *common, "--precision", "bf16")
+    assert losses(rounded) != losses(exact) and losses(exact)[-1] < 0.8 * losses(exact)[0]
+    assert losses(rounded) == pytest.approx(losses(exact), abs=0.03)
+    assert {tensor.dtype for tensor in weights(tmp_path / "bf16").values()} == {torch.bfloat16}
+
+
+# --- memory
+
+
+@pytest.mark.parametrize("kind", ["tiny_base_dir", "tiny_qwen_dir"])
+def test_measured_activations_predict_a_larger_pass(kind: str, request: pytest.FixtureRequest) -> None:
+    model, _ = load_reward_model(str(request.getfixturevalue(kind)), dtype="float32", require_head=False)
+    assert model.enable_packing() is None
+    per_token = activation_bytes_per_token(model, gradient_checkpointing=False)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    pack = build_pack([list(range(400))])
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        scores = model(pack.input_ids % 40, layout=pack.layout, ends=pack.ends)
+    weights = sum(p.untyped_storage().nbytes() for p in model.parameters() if p.untyped_storage().data_ptr() in kept)
+    assert sum(kept.values()) - weights == pytest.approx(400 * per_token, rel=0.1)
+    assert activation_bytes_per_token(model, gradient_checkpointing=True) < per_token
+    del scores
+
+
+def test_token_budget_follows_the_memory(tiny_base_dir: Path) -> None:
+    model, _ = load_reward_model(str(tiny_base_dir), dtype="float32", require_head=False)
+    options = {"precision": "fp32", "world_size": 1}
+    cpu, card = torch.device("cpu"), torch.device("cuda")
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert state_bytes(n_parameters, zero_stage=None, **options) == 16 * n_parameters
+    sizes = [2**28, 2**29, 2**30]
+    budgets = [choose_token_budget(model, card, gradient_checkpointing=False, memory=size, **options) for size in sizes]
+    assert budgets == sorted(budgets) and budgets[0] < budgets[-1] <= 65536
+    more = choose_token_budget(model, card, gradient_checkpointing=True, memory=sizes[0], **options)
+    assert more > budgets[0]
+    assert choose_token_budget(model, cpu, gradient_checkpointing=False, memory=2**34, **options) == 2048
+    with pytest.raises(ContrastRMError, match="nothing fits beside it. Use ZeRO-3"):
+        choose_token_budget(model, card, gradient_checkpointing=False, memory=2**20, **options)
+
+
+def test_sharding_shares_the_state() -> None:
+    seven = 7_600_000_000
+    plain = state_bytes(seven, zero_stage=None, precision="bf16", world_size=1)
+    assert plain == 18 * seven
+    two, three = (state_bytes(seven, zero_stage=stage, precision="bf16", world_size=8) for stage in (2, 3))
+    assert three < two < plain and three < 20 * 2**30

@@ -7,6 +7,7 @@ with ``python -m json.tool --json-lines output/construct/ledger.jsonl``.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -84,7 +85,7 @@ class OffsetTable:
 
 
 class Ledger:
-    """Append-only JSONL of finished requests, one line each, flushed at once. Threads may share it.
+    """Append-only JSONL of finished requests, one line each, written at once. Threads may share it.
 
     A run that was killed may leave half a line at the end; opening cuts it off, and that one request is asked
     again. Opening it twice at a time is refused. Memory holds positions alone; texts are read back on demand.
@@ -100,6 +101,7 @@ class Ledger:
         self.path = Path(path)
         self._mutex = threading.Lock()
         self._closers: list[Callable[[], None]] = []
+        self._broken: str | None = None
         self._lock = FileLock(f"{self.path}.lock", timeout=0)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +114,8 @@ class Ledger:
             raise ContrastRMError(f"cannot write {self.path}: {reason}; choose another --work_dir") from error
         try:
             self._offsets, self._end = _index(self.path)
-            self._writer = self.path.open("ab")
+            # Unbuffered: what a full disk refuses must not lie in a buffer and come back at the end.
+            self._writer = self.path.open("ab", buffering=0)
             self._reader: BinaryIO = self.path.open("rb")
         except BaseException:
             self._lock.release()
@@ -148,15 +151,21 @@ class Ledger:
         row = {"key": key, "model": model, **_to_row(outcome)}
         line = (json.dumps(row, ensure_ascii=True) + "\n").encode("ascii")
         with self._mutex:
-            try:
-                self._writer.write(line)
-                self._writer.flush()
-            except OSError as error:
-                reason = error.strerror or error
-                message = f"cannot write {self.path}: {reason}; make room, then run the same command again"
-                raise ContrastRMError(message) from error
+            self._append(line)
             self._offsets.put(_digest(key), self._end)
             self._end += len(line)
+
+    def _append(self, line: bytes) -> None:
+        if self._broken is not None:
+            raise ContrastRMError(self._broken)  # another line would be glued to the torn one
+        try:
+            n_written = self._writer.write(line)
+            if n_written != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            reason = error.strerror or error
+            self._broken = f"cannot write {self.path}: {reason}; make room, then run the same command again"
+            raise ContrastRMError(self._broken) from error
 
     def call_before_close(self, closer: Callable[[], None]) -> None:
         """Have something that writes here stopped before the file is closed under it."""
@@ -188,7 +197,8 @@ def _to_row(outcome: Recorded) -> dict[str, Any]:
 def _read_row(row: dict[str, Any]) -> Recorded:
     if "failed" in row:
         return RowError(row["message"], reason=row["failed"], attempts=row["attempts"])
-    return Completion(row["text"], row["finish_reason"], row["prompt_tokens"], row["completion_tokens"])
+    attempts = row.get("attempts", 1)
+    return Completion(row["text"], row["finish_reason"], row["prompt_tokens"], row["completion_tokens"], attempts)
 
 
 def _index(path: Path) -> tuple[OffsetTable, int]:

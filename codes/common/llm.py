@@ -15,16 +15,21 @@ import asyncio
 import hashlib
 import json
 import re
+import ssl
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
+import httpx2
 import openai
+from openai import RequestOptions
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 from tqdm import tqdm
 
@@ -71,6 +76,12 @@ READ_AHEAD = 4
 # Requests read ahead of the first unfinished one, per concurrent call. One call that hangs for two minutes
 # holds up the output; up to so many others are finished and wait in the ledger meanwhile.
 WINDOW = 64
+
+# Calls to a connection pool: the library looks at every connection of a pool twice a call, which at 256
+# connections costs more than all the rest.
+POOL_PLACES = 8
+# The library would draw a random one for every call and then not send it.
+_NO_RANDOM_KEY: RequestOptions = {"idempotency_key": "unused"}
 
 _KEY_LIKE = re.compile(r"(?i)\b(?:sk|pk|gsk|xai)-[\w*.\-]{6,}|bearer\s+[^\s\"',}]+")
 
@@ -172,21 +183,41 @@ class LlmClient:
         self._max_attempts = max(1, max_attempts)
         self._timeout = request_timeout
         self._backoff = wait_random_exponential(multiplier=first_wait_seconds, max=MAX_WAIT_SECONDS)
-        self._client: openai.AsyncOpenAI | None = None
+        self._pools: list[openai.AsyncOpenAI] = []
+        self._free: list[openai.AsyncOpenAI] = []
+        self._ssl: ssl.SSLContext | None = None
 
     async def __aenter__(self) -> LlmClient:
-        # The connection pool belongs to one event loop, so it is made where the loop runs.
-        self._client = openai.AsyncOpenAI(
-            api_key=self._key, base_url=self._base_url, timeout=self._timeout, max_retries=0
-        )
+        # Connections belong to one event loop, so they are made where the loop runs, when they are needed.
+        self._ssl = _ssl_context()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._client is not None
-        await self._client.close()
-        self._client = None
+        for pool in self._pools:
+            await pool.close()
+        self._pools, self._free, self._ssl = [], [], None
+
+    @contextmanager
+    def _lease(self) -> Iterator[openai.AsyncOpenAI]:
+        """A place in a connection pool. The pool used last is the next one, so that few connections serve few calls."""
+        if not self._free:
+            assert self._ssl is not None, "enter the client first: async with client"
+            pool = openai.AsyncOpenAI(
+                api_key=self._key,
+                base_url=self._base_url,
+                timeout=self._timeout,
+                max_retries=0,
+                http_client=openai.DefaultAsyncHttpxClient(verify=self._ssl),
+            )
+            self._pools.append(pool)
+            self._free += [pool] * POOL_PLACES
+        pool = self._free.pop()
+        try:
+            yield pool
+        finally:
+            self._free.append(pool)
 
     def scrub(self, text: str) -> str:
         """Take keys out of a text that people or files will see."""
@@ -241,7 +272,7 @@ class LlmClient:
         except RowError as error:
             error.attempts = n_attempts
             raise
-        return completion
+        return replace(completion, attempts=n_attempts)
 
     async def _pass_gate(
         self, request: CompletionRequest, need: Need, gate: Gate, breaker: Breaker, order: int
@@ -263,12 +294,19 @@ class LlmClient:
                 breaker.fail(outcome)
 
     async def _attempt(self, request: CompletionRequest) -> Completion:
-        assert self._client is not None, "enter the client first: async with client"
         try:
             # The library's time-out starts anew with every byte that arrives; this one does not.
-            async with asyncio.timeout(self._timeout):
-                raw = await self._client.chat.completions.with_raw_response.create(**self._parameters(request))
-            body = raw.http_response.text
+            with self._lease() as pool:
+                async with asyncio.timeout(self._timeout):
+                    response = await pool.post(
+                        # Not chat.completions.create: it checks every message against its types (1 ms), and
+                        # builds an object from a body that is read with more suspicion below.
+                        "/chat/completions",
+                        cast_to=httpx2.Response,
+                        body=self._parameters(request),
+                        options=_NO_RANDOM_KEY,
+                    )
+            body = response.text
         except TimeoutError:
             message = f"no answer within {self._timeout:g} s; --request_timeout sets the limit"
             raise RetriableError(message, reason="timeout") from None
@@ -314,6 +352,12 @@ class LlmClient:
         return jitter
 
 
+@cache
+def _ssl_context() -> ssl.SSLContext:
+    """One for all pools: to read the certificates takes some 30 ms."""
+    return httpx2.create_ssl_context()
+
+
 def _error_of(state: RetryCallState) -> RetriableError | None:
     error = state.outcome.exception() if state.outcome is not None else None
     return error if isinstance(error, RetriableError) else None
@@ -323,7 +367,7 @@ def usable(recorded: Recorded, *, max_tokens: int, accept_cut_off: bool) -> Outc
     """What a recorded outcome is worth to a request: a cut-off answer only where it is accepted."""
     if isinstance(recorded, Completion) and recorded.finish_reason == "length" and not accept_cut_off:
         message = f"the answer was cut off at {max_tokens} tokens; raise --max_new_tokens"
-        return RowError(message, reason="cut_off")
+        return RowError(message, reason="cut_off", attempts=recorded.attempts)
     return recorded
 
 
@@ -561,7 +605,9 @@ class Engine:
         except RowError as error:
             outcome = error
         except RetriableError as error:
-            self._failed[key] = error
+            # Without its history: that holds the request with all its text, and the key.
+            error.__context__ = None
+            self._failed[key] = error.with_traceback(None)
             return
         self._ledger.add(key, request.model, outcome)
 

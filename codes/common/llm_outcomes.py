@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, ClassVar, NoReturn, TypeAlias
@@ -103,12 +103,13 @@ class RowError(ApiError):
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer. ``text`` is never empty."""
+    """An answer. ``text`` is never empty. ``attempts``: how often the request was sent until it came."""
 
     text: str
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
+    attempts: int = field(default=1, compare=False)
 
 
 Outcome: TypeAlias = Completion | ApiError

@@ -36,7 +36,7 @@ from codes.common.records import (
     write_text,
 )
 from codes.common.reporting import run_metadata
-from codes.common.scoring import PACKINGS, default_token_budget, resolve_packing
+from codes.common.scoring import PACKINGS, resolve_packing
 from codes.train.data_utils import (
     NEGATIVES,
     EncodeReport,
@@ -52,6 +52,8 @@ from codes.train.data_utils import (
     shard_step,
 )
 from codes.train.losses import contrastive_loss, margin_loss
+from codes.train.master_weights import MasterAdamW
+from codes.train.memory import choose_token_budget
 from codes.train.reward_model import load_reward_model, own_length_limit, save_reward_model
 
 MODES = ("contrastive", "pairwise")
@@ -136,15 +138,25 @@ def plan_steps(n_groups: int, global_batch_size: int, total_steps: int, seed: in
     return plan[:total_steps]
 
 
-def make_optimizer(model: torch.nn.Module, *, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW; norms and biases are not decayed."""
+def make_optimizer(
+    model: torch.nn.Module, *, learning_rate: float, weight_decay: float, master_weights: bool = False
+) -> torch.optim.Optimizer:
+    """AdamW; norms and biases are not decayed.
+
+    Args:
+        master_weights: Keep float32 masters of a bfloat16 model.
+    """
     decayed = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.ndim >= 2]
     others = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.ndim < 2]
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "weight_decay": decay}
+        for parameters, decay in ((decayed, weight_decay), (others, 0.0))
+        if parameters
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate)
+    if master_weights:
+        return MasterAdamW(groups, lr=learning_rate)
+    # DeepSpeed hands the optimizer pieces of its own making.
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=not under_deepspeed())
 
 
 class Trainer:
@@ -262,7 +274,7 @@ class Trainer:
                 scores, losses, weights, group_sizes = self._forward(batch)
                 accelerator.backward((losses * weights).sum() * scale)
                 if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+                    norm = accelerator.clip_grad_norm_(self._trained(), self.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             sums += _step_sums(scores.detach(), losses.detach(), weights, group_sizes)
@@ -296,6 +308,10 @@ class Trainer:
             "skipped": skipped,
             "train/learning_rate": rate,
         }
+
+    def _trained(self) -> list[torch.Tensor]:
+        """What the optimizer moves: the model's parameters, or their masters."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _names(self, step_groups: Sequence[int]) -> str:
         return ", ".join(self.groups[index].record_id for index in step_groups[:8])
@@ -460,17 +476,16 @@ def train(
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     # Loaded before the accelerator exists: under ZeRO-3 transformers would build the model in pieces already, and a new
     # score head needs its shape. DeepSpeed splits the weights when it takes the model over.
+    master_weights = precision == "bf16" and world_size == 1 and not under_deepspeed()
     model, tokenizer = load_reward_model(
         model_path,
-        # DeepSpeed keeps its own float32 masters of bf16 weights; otherwise the weights are the masters.
-        dtype="bfloat16" if under_deepspeed() and precision == "bf16" else "float32",
+        # DeepSpeed keeps float32 masters of bf16 weights, and so do we in one process; elsewhere the weights are the masters.
+        dtype="bfloat16" if precision == "bf16" and (master_weights or under_deepspeed()) else "float32",
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
         require_head=False,
         seed=seed,
     )
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable()
     own_limit = own_length_limit(model, tokenizer)
     limit_in_force = min((length for length in (max_length, own_limit) if length), default=None)
     formatter = ChatFormatter(tokenizer, max_length=limit_in_force, overlength=overlength)
@@ -479,7 +494,15 @@ def train(
     schedule = Schedule(learning_rate, warmup_in_force(warmup_steps, total_steps), total_steps)
     packing = resolve_packing(model, packing)
     plan, costs = plan_steps(len(groups), global_batch_size, total_steps, seed), group_costs(groups, packing)
-    max_tokens_per_batch = max_tokens_per_batch or default_token_budget(training_device())
+    max_tokens_per_batch = max_tokens_per_batch or choose_token_budget(
+        model,
+        training_device(),
+        precision=precision,
+        world_size=world_size,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     micro_steps = count_micro_steps(
         plan,
         costs,
@@ -488,16 +511,24 @@ def train(
         world_size=world_size,
         by_length=packing == "off",
     )
-    accelerator = make_accelerator(precision=precision, accumulation=micro_steps, max_grad_norm=max_grad_norm)
+    accelerator = make_accelerator(
+        precision="fp32" if master_weights else precision, accumulation=micro_steps, max_grad_norm=max_grad_norm
+    )
     if accelerator.num_processes != world_size:
         raise ContrastRMError(
             f"the launcher started {world_size} processes, accelerate sees {accelerator.num_processes}; "
             "start with bash run_training.sh"
         )
+    _check_same_micro_steps(accelerator, micro_steps)
     set_seed(seed)
     verdicts = dict(Counter(record.verify_correctness or "none" for record in records))
     if accelerator.is_main_process:
         _print_data(train_file, report.bad, encode_report, verdicts)
+        print(
+            f"packing {packing}: {sum(costs)} computed tokens an epoch for {encode_report.n_tokens} tokens of texts; "
+            f"{micro_steps} micro-batches a step on each of {world_size} processes, up to {max_tokens_per_batch} tokens each",
+            flush=True,
+        )
         if limit_in_force != (max_length or None):
             print(f"max_length is {limit_in_force}, the model's own limit, instead of {max_length}", flush=True)
         if schedule.warmup_steps != warmup_steps:
@@ -506,8 +537,16 @@ def train(
                 "which would never reach the learning rate",
                 flush=True,
             )
-    optimizer = make_optimizer(model, learning_rate=learning_rate, weight_decay=weight_decay)
-    prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
+    if master_weights:
+        # The masters are copies: made where the model has been put.
+        prepared_model = accelerator.prepare(model)
+        optimizer = make_optimizer(
+            prepared_model, learning_rate=learning_rate, weight_decay=weight_decay, master_weights=True
+        )
+        prepared_optimizer = accelerator.prepare(optimizer)
+    else:
+        optimizer = make_optimizer(model, learning_rate=learning_rate, weight_decay=weight_decay)
+        prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
     trainer = Trainer(
         accelerator=accelerator,
         model=prepared_model,
@@ -570,6 +609,17 @@ def train(
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return folder
+
+
+def _check_same_micro_steps(accelerator: Accelerator, micro_steps: int) -> None:
+    """Ranks that take different numbers of micro-steps would wait for each other for ever."""
+    mine = torch.tensor([micro_steps], device=accelerator.device)
+    found = accelerator.gather(mine).tolist()
+    if len(set(found)) > 1:
+        raise ContrastRMError(
+            f"the processes would take {found} micro-steps, because their devices have different memory; set "
+            "--max_tokens_per_batch to what the smallest one holds"
+        )
 
 
 def training_device() -> torch.device:

@@ -1,0 +1,373 @@
+"""The peers do what they are said to do: honest opponents on the same rows, and numbers that mean what they say.
+
+Every peer runs on a two-layer model and the project's own data. TRL runs where its environment is installed
+(``bash benchmarks/setup_trl.sh``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from benchmarks import common, gemm_rate, rows
+from benchmarks.padded import group_losses, load_plain_model, token_budget_batches
+from benchmarks.peers import original_loop, pipeline_scoring, sorted_padded
+from codes.common.biases import EVALUABLE, eval_file_name
+from codes.common.errors import ContrastRMError
+from codes.common.records import PreferenceRecord, read_preference_file, write_jsonl
+from codes.train.losses import contrastive_loss
+from tests.conftest import REPO_ROOT, run_module
+
+EVAL = REPO_ROOT / "data" / "eval"
+SCORED = [
+    EVAL / "length_bias.jsonl",
+    EVAL / "gender_bias.jsonl",
+    EVAL / "refinement-aware_bias.jsonl",
+    EVAL / "reward_bench" / "own_sample.jsonl",
+]
+PERCENT = 30
+TRL_PYTHON = REPO_ROOT / os.environ.get("TRL_VENV", "output/benchmarks/trl-venv") / "bin" / "python"
+Line = dict[str, Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models of this size only lose by a second thread, and badly so on a shared machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return common.prepare_model(str(tiny_base_dir), tmp_path_factory.mktemp("benchmarks") / "model")
+
+
+@pytest.fixture(scope="module")
+def train_files(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """``pairs``: 8 of them. ``groups``: 8 whole groups of uneven size."""
+    folder = tmp_path_factory.mktemp("rows")
+    pairs = folder / "pairs.jsonl"
+    options = ["--n", "8", "--model_path", str(model_dir), "--max_length", "1500", "--output_file", str(pairs)]
+    rows.main(["--input_file", str(REPO_ROOT / "data/train-unified-feedback/own_sample.jsonl"), *options])
+    groups = folder / "groups.jsonl"
+    records, _ = read_preference_file(REPO_ROOT / "data/train/own_train.jsonl")
+    short = sorted(records, key=lambda record: len(str(record.to_row())))[:8]
+    uneven = [
+        record.to_row() | {"rejected": record.rejected[: 1 + number % 3], "bias_type": None}
+        for number, record in enumerate(short)
+    ]
+    write_jsonl(groups, uneven)
+    assert {len(row["rejected"]) for row in uneven} == {1, 2, 3}
+    return {"pairs": pairs, "groups": groups}
+
+
+@pytest.fixture
+def line_of(capsys: pytest.CaptureFixture[str]) -> Callable[..., Line]:
+    """Run a peer's main and parse the one line that it prints."""
+
+    def run_peer(main: Callable[[list[str]], int], *arguments: object) -> Line:
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 1
+        return json.loads(lines[0])
+
+    return run_peer
+
+
+def lone_scores(model_dir: Path, texts: rows.TextSet) -> list[float]:
+    """Plain transformers, one text at a time, tokenised by the template itself."""
+    model = AutoModelForSequenceClassification.from_pretrained(model_dir, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    scores = []
+    with torch.inference_mode():
+        for conversation in texts.conversations:
+            ids = tokenizer.apply_chat_template(conversation.turns(), tokenize=True, return_dict=True)["input_ids"]
+            scores.append(model(input_ids=torch.tensor([ids])).logits.item())
+    return scores
+
+
+def test_every_scoring_peer_gives_the_lone_scores_on_the_same_texts(
+    model_dir: Path, line_of: Callable[..., Line], tmp_path: Path
+) -> None:
+    texts = rows.read_texts(SCORED, percent=PERCENT)
+    expected = lone_scores(model_dir, texts)
+    assert len(expected) > 64 and torch.tensor(expected).std() > 0.02  # several batches, and scores that differ
+    peers = {
+        "original_loop": (original_loop.main, ["score"]),
+        "sorted_padded": (sorted_padded.main, ["score"]),
+        "pipeline_scoring": (pipeline_scoring.main, []),
+    }
+    lines = {}
+    for name, (main, task) in peers.items():
+        scores_file = tmp_path / f"{name}.json"
+        options = ["--model_path", model_dir, "--percent", PERCENT, "--scores_file", scores_file, "--device", "cpu"]
+        lines[name] = line_of(main, *task, *options, "--files", *SCORED)
+        scores = json.loads(scores_file.read_text())
+        torch.testing.assert_close(torch.tensor(scores), torch.tensor(expected), atol=1e-4, rtol=0)
+        assert lines[name]["peer"] == name and lines[name]["seconds"] > 0
+        assert lines[name]["texts_per_second"] == pytest.approx(len(expected) / lines[name]["seconds"])
+    same = ("n_texts", "n_distinct", "n_tokens", "rows", "weight_hash")
+    assert len({json.dumps([line[key] for key in same]) for line in lines.values()}) == 1
+    original, sorted_, piped = (lines[name]["n_computed_tokens"] for name in peers)
+    assert original == piped > sorted_ >= lines["original_loop"]["n_tokens"]
+
+
+def test_reduced_precision_scores_are_near(model_dir: Path, line_of: Callable[..., Line], tmp_path: Path) -> None:
+    texts = rows.read_texts(SCORED[:1], percent=PERCENT)
+    expected = torch.tensor(lone_scores(model_dir, texts))
+    for precision in ("bfloat16", "autocast"):
+        scores_file = tmp_path / "scores.json"
+        options = ["--model_path", model_dir, "--percent", PERCENT, "--scores_file", scores_file, "--files", SCORED[0]]
+        line = line_of(original_loop.main, "score", "--precision", precision, *options)
+        difference = (torch.tensor(json.loads(scores_file.read_text())) - expected).abs().max()
+        assert 0 < difference < 0.1 and line["precision"] == precision
+
+
+def test_sorting_a_step_changes_the_padding_and_not_the_losses(
+    model_dir: Path, train_files: dict[str, Path], line_of: Callable[..., Line]
+) -> None:
+    options = ["--model_path", model_dir, "--train_file", train_files["groups"], "--max_length", 4000]
+    options += ["--groups_per_step", 4, "--learning_rate", 1e-3, "--device", "cpu"]
+    one = line_of(original_loop.main, "train", *options)
+    split = line_of(original_loop.main, "train", *options, "--micro_batch_size", 1)
+    sorted_ = line_of(sorted_padded.main, "train", *options, "--max_tokens", 3000)
+    for line in (one, split, sorted_):
+        assert len(line["losses"]) == 2 and line["n_groups"] == 4  # one step warms up, one is timed
+        assert line["losses"] == pytest.approx(one["losses"], abs=1e-5)
+        assert line["n_tokens"] == one["n_tokens"] and line["n_answers"] == one["n_answers"]
+        assert line["groups_per_second"] == pytest.approx(4 / line["seconds"])
+        assert line["peak_bytes"] > 10**7
+    assert one["n_computed_tokens"] > sorted_["n_computed_tokens"] >= split["n_computed_tokens"] > one["n_tokens"]
+
+
+def test_the_first_loss_is_that_of_the_lone_scores(
+    model_dir: Path, train_files: dict[str, Path], line_of: Callable[..., Line]
+) -> None:
+    records, _ = read_preference_file(train_files["groups"])
+    conversations = [
+        rows.Conversation(record.messages, answer)
+        for record in records[:4]
+        for answer in [*record.rejected, record.chosen]
+    ]
+    scores = torch.tensor(lone_scores(model_dir, rows.TextSet(conversations, {})))
+    sizes = [len(record.rejected) + 1 for record in records[:4]]
+    expected = contrastive_loss(scores, torch.tensor(sizes), 0.5)
+    torch.testing.assert_close(group_losses(scores, sizes, 0.5), expected)
+    options = ["--model_path", model_dir, "--train_file", train_files["groups"], "--max_length", 4000]
+    line = line_of(original_loop.main, "train", *options, "--steps", 1)
+    assert line["losses"][0] == pytest.approx(expected.mean().item(), abs=1e-5)
+
+
+def test_trl_sees_the_same_pairs_and_has_the_same_losses(
+    model_dir: Path, train_files: dict[str, Path], line_of: Callable[..., Line]
+) -> None:
+    if not TRL_PYTHON.exists():
+        pytest.skip("TRL's environment is not installed: bash benchmarks/setup_trl.sh")
+    options = ["--model_path", model_dir, "--train_file", train_files["pairs"], "--max_length", 1500]
+    options += ["--groups_per_step", 2, "--steps", 2, "--learning_rate", 1e-4, "--device", "cpu"]
+    done = subprocess.run(
+        [TRL_PYTHON, "-m", "benchmarks.peers.trl_reward", *map(str, options)],
+        cwd=REPO_ROOT,
+        env={**os.environ, "PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    trl = json.loads(done.stdout)  # one line and nothing else
+    ours = line_of(original_loop.main, "train", *options, "--temperature", 1)
+    same = ("n_groups", "n_answers", "n_tokens", "n_computed_tokens", "weight_hash", "precision", "groups_per_step")
+    assert [trl[key] for key in same] == [ours[key] for key in same]
+    # The third step's loss has felt two updates: the optimizers agree too.
+    assert len(trl["losses"]) == 3 and trl["losses"] == pytest.approx(ours["losses"], abs=1e-4)
+    assert trl["seconds"] > 0 and trl["peak_bytes"] > 10**7
+
+
+def test_a_peer_is_a_process_of_its_own_that_prints_one_line(model_dir: Path, tmp_path: Path) -> None:
+    output_file = tmp_path / "lines.jsonl"
+    options = ["--model_path", model_dir, "--files", SCORED[0], "--percent", PERCENT, "--output_file", output_file]
+    done = run_module("benchmarks.peers.original_loop", "score", *options, env={"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert output_file.read_text() == done.stdout
+    line = json.loads(done.stdout)
+    assert line["machine"]["threads"] == 1 and line["versions"]["torch"] == torch.__version__
+    assert {"git_commit", "n_parameters", "weight_hash", "peak_of"} <= set(line)
+
+
+def test_without_public_data_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(rows.EXTERNAL_DATA, raising=False)
+    with pytest.raises(ContrastRMError, match=f"set {rows.EXTERNAL_DATA} to the folder with train_pool.jsonl"):
+        rows.main(["--n", "2", "--output_file", str(tmp_path / "rows.jsonl")])
+    with pytest.raises(ContrastRMError, match=rows.EXTERNAL_DATA):
+        original_loop.main(["score"])
+
+
+def record(identity: str, question: str, chosen: str, *rejected: str) -> PreferenceRecord:
+    return PreferenceRecord(
+        identity, [{"role": "user", "content": question}], chosen, list(rejected), [None] * len(rejected)
+    )
+
+
+POOL = [
+    record("a1", "why is the sky blue", "A1", "A2"),
+    record("a2", "why is the sky blue", "A1", "A3"),
+    record("a3", "why is the sky blue", "A4", "A2"),
+    record("b1", "why is the sky red", "B1", "B2"),
+    record("b2", "why is the sky red", "B1", "B3"),
+    record("c1", "how do bees fly", "C1", "C2"),
+]
+
+
+def test_groups_take_their_own_answers_first_and_then_the_nearest_questions() -> None:
+    (group,), report = rows.choose_groups(POOL, 4, 1)
+    assert group.question == "why is the sky blue"  # the only one with four answers
+    assert sorted([group.chosen, *group.rejected]) == ["A1", "A2", "A3", "A4"]
+    assert (report.n_own_rejected + report.n_own_chosen, report.n_borrowed) == (3, 0)
+    (group,), report = rows.choose_groups(POOL, 6, 1)
+    assert sorted([group.chosen, *group.rejected]) == ["A1", "A2", "A3", "A4", "B2", "B3"]
+    assert (report.n_groups, report.n_answers, report.n_borrowed) == (1, 6, 2)
+    (group,), _ = rows.choose_groups(POOL, 7, 1)
+    assert group.rejected[-1] == "C2"  # the farther question comes last
+    with pytest.raises(ContrastRMError, match="only 0 groups of 8 answers"):
+        rows.choose_groups(POOL, 8, 1)  # seven texts, and none is made up
+
+
+def test_groups_do_not_depend_on_the_order_of_the_file_and_are_short_enough() -> None:
+    records, _ = read_preference_file(REPO_ROOT / "data/train/own_train.jsonl")
+
+    middle = sorted(len(one.chosen) for one in records)[len(records) // 2]
+
+    def short(messages: list[dict[str, str]], texts: Any) -> bool:
+        return len(texts[-1]) < middle  # the chosen answer comes last
+
+    for answers in (2, 5):
+        groups, report = rows.choose_groups(records, answers, 8)
+        again, _ = rows.choose_groups(records[::-1], answers, 8)
+        assert groups == again and all(len(group.rejected) == answers - 1 for group in groups)
+        assert report.n_answers == 8 * answers == 8 + report.n_own_rejected + report.n_own_chosen + report.n_borrowed
+        known = {text for one in records for text in [one.chosen, *one.rejected]}
+        for group in groups:
+            texts = [group.chosen, *group.rejected]
+            assert len(set(texts)) == answers and set(texts) <= known
+    fitting, report = rows.choose_groups(records, 2, 8, fits=short)
+    assert report.n_too_long > 0 and all(short(group.messages, [*group.rejected, group.chosen]) for group in fitting)
+    other, _ = rows.choose_groups(records, 2, 8, seed=7)
+    assert {group.id for group in other} != {group.id for group in rows.choose_groups(records, 2, 8)[0]}
+
+
+def test_a_question_is_in_or_out_of_all_files_alike() -> None:
+    files = [EVAL / eval_file_name(name) for name in EVALUABLE]
+    whole, half = rows.read_texts(files), rows.read_texts(files, percent=50)
+    n_rows = [len(file.read_text().splitlines()) for file in files]
+    assert list(whole.fields["rows"].values()) == n_rows
+    # Four texts a pairwise row, three a refinement row.
+    assert len(whole.conversations) == sum(4 * n for n in n_rows[:-1]) + 3 * n_rows[-1]
+    questions = {one.messages[0]["content"] for one in half.conversations}
+    assert half.conversations == [one for one in whole.conversations if one.messages[0]["content"] in questions]
+    assert len(questions) == half.fields["n_questions"] < half.fields["n_questions_in_files"]
+    assert 0.3 < len(questions) / whole.fields["n_questions"] < 0.7
+    alone = rows.read_texts(files[:1], percent=50)  # the same questions, whichever other files are read
+    assert alone.conversations == half.conversations[: len(alone.conversations)]
+
+
+def test_a_file_that_is_no_evaluation_file_is_refused() -> None:
+    with pytest.raises(
+        ContrastRMError, match=r"own_train.jsonl is no evaluation file: its first row has the fields id"
+    ):
+        rows.read_texts([REPO_ROOT / "data/train/own_train.jsonl"])
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    items=st.lists(st.tuples(st.integers(1, 8), st.integers(1, 300)), min_size=1, max_size=30),
+    max_tokens=st.integers(1, 3000),
+)
+def test_token_budget_batches(items: list[tuple[int, int]], max_tokens: int) -> None:
+    n_rows, longest = [item[0] for item in items], [item[1] for item in items]
+    batches = token_budget_batches(n_rows, longest, max_tokens)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(items)))
+    for batch in batches:
+        size = sum(n_rows[index] for index in batch) * max(longest[index] for index in batch)
+        assert size <= max_tokens or len(batch) == 1
+    assert token_budget_batches([1, 1, 1], [5, 9, 8], 18) == [[1, 2], [0]]
+
+
+def test_flops_are_those_that_torch_counts(model_dir: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(
+        model_dir, dtype=torch.float32, attn_implementation="eager"
+    )
+    length = 64
+    ids = torch.randint(5, 200, (1, length))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=ids)
+    shape = common.model_shape(model_dir)
+    # Eager attention computes the square; norms are parameters without a product, a percent of so small a model.
+    assert common.forward_flops(shape, length, length**2) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize(("lengths", "prefix"), [((2, 1), 0), ((2, 1), 2), ((5,), 0), ((0, 4, 4), 3)])
+def test_attended_pairs_are_those_of_the_mask(lengths: tuple[int, ...], prefix: int) -> None:
+    owner = [-1] * prefix + [text for text, length in enumerate(lengths) for _ in range(length)]
+    pairs = [(q, k) for q in range(len(owner)) for k in range(q + 1) if owner[k] in (-1, owner[q])]
+    assert common.attended_pairs(lengths, prefix) == len(pairs)
+
+
+def test_gemm_rate_measures_the_shapes_of_a_block(model_dir: Path, line_of: Callable[..., Line]) -> None:
+    line = line_of(gemm_rate.main, "--model_path", model_dir, "--tokens", 16, 32, "--seconds", 0.002, "--device", "cpu")
+    assert [(entry["dtype"], entry["tokens"]) for entry in line["rates"]] == [
+        (dtype, tokens) for dtype in ("float32", "bfloat16") for tokens in (16, 32)
+    ]
+    for entry in line["rates"]:
+        shapes = {(shape["inputs"], shape["outputs"]): shape["per_block"] for shape in entry["shapes"]}
+        assert shapes == {(32, 32): 2, (32, 16): 2, (32, 64): 2, (64, 32): 1}
+        rates = [shape["gflops"] for shape in entry["shapes"]]
+        assert 0 < min(rates) <= entry["layer_gflops"] <= max(rates)
+
+
+def test_the_model_is_made_once_and_never_mixed_up(model_dir: Path, tiny_base_dir: Path, tiny_llama_dir: Path) -> None:
+    before = (model_dir / "model.safetensors").stat().st_mtime_ns
+    assert common.prepare_model(str(tiny_base_dir), model_dir) == model_dir
+    assert (model_dir / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(ContrastRMError, match="was made of"):
+        common.prepare_model(str(tiny_llama_dir), model_dir)
+    with pytest.raises(ContrastRMError, match="was made of"):
+        common.prepare_model(str(tiny_base_dir), model_dir, seed=1)
+
+
+def test_unequal_work_is_refused(model_dir: Path, tiny_base_dir: Path, train_files: dict[str, Path]) -> None:
+    options = ["train", "--train_file", str(train_files["pairs"]), "--model_path"]
+    with pytest.raises(ContrastRMError, match=r"lacks score.weight: every run would draw its own head"):
+        original_loop.main([*options, str(tiny_base_dir)])
+    with pytest.raises(ContrastRMError, match="more than --max_length 20"):
+        original_loop.main([*options, str(model_dir), "--max_length", "20"])
+    with pytest.raises(ContrastRMError, match="has 8 groups, the run needs 12"):
+        original_loop.main([*options, str(model_dir), "--max_length", "1500", "--steps", "2"])
+    with pytest.raises(ContrastRMError, match=r"make it with: python -m benchmarks.common"):
+        load_plain_model("output/no-such-model", precision="float32")
+
+
+def test_the_trl_setup_names_the_way_out_without_a_python(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", "benchmarks/setup_trl.sh"],
+        cwd=REPO_ROOT,
+        env={**os.environ, "PYTHON": str(tmp_path / "python9"), "TRL_VENV": str(tmp_path / "venv")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1 and "Name another one: PYTHON=" in done.stderr
+    assert not (tmp_path / "venv").exists()
