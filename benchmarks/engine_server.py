@@ -23,8 +23,8 @@ from tests.chat_server import english
 class Chat(asyncio.Protocol):
     """One connection: HTTP/1.1 with keep-alive, one request at a time."""
 
-    def __init__(self, min_seconds: float, max_seconds: float, words: int, log: TextIO | None) -> None:
-        self.min_seconds, self.max_seconds, self.words, self.log = min_seconds, max_seconds, words, log
+    def __init__(self, args: argparse.Namespace, log: TextIO | None) -> None:
+        self.args, self.log = args, log
         self.buffer = b""
         self.transport: asyncio.Transport
 
@@ -47,9 +47,11 @@ class Chat(asyncio.Protocol):
         if self.log is not None:
             self.log.write(digest + "\n")
             self.log.flush()
-        share = int(digest[:8], 16) / 0xFFFFFFFF
-        seconds = self.min_seconds + share * (self.max_seconds - self.min_seconds)
-        reply = answer(digest, self.words)
+        args = self.args
+        seconds = args.min_seconds + share(digest[:8]) * (args.max_seconds - args.min_seconds)
+        if share(digest[8:16]) < args.stuck_share:
+            seconds = args.stuck_seconds
+        reply = answer(digest, args.words)
         if seconds > 0:
             asyncio.get_running_loop().call_later(seconds, self.send, reply)
         else:
@@ -59,6 +61,11 @@ class Chat(asyncio.Protocol):
         """Send, unless the client has left."""
         if not self.transport.is_closing():
             self.transport.write(reply)
+
+
+def share(digits: str) -> float:
+    """Eight hexadecimal digits as a number from 0 to 1."""
+    return int(digits, 16) / 0xFFFFFFFF
 
 
 def answer(digest: str, words: int) -> bytes:
@@ -81,9 +88,7 @@ async def serve(args: argparse.Namespace) -> None:
     """Serve until standard input closes."""
     loop = asyncio.get_running_loop()
     log = args.log_file.open("a", encoding="ascii") if args.log_file else None
-    server = await loop.create_server(
-        lambda: Chat(args.min_seconds, args.max_seconds, args.words, log), "127.0.0.1", args.port, backlog=1024
-    )
+    server = await loop.create_server(lambda: Chat(args, log), "127.0.0.1", args.port, backlog=1024)
     print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", flush=True)
     await loop.run_in_executor(None, sys.stdin.read)
 
@@ -94,6 +99,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=0, help="0: a free one")
     parser.add_argument("--min_seconds", type=float, default=0.0)
     parser.add_argument("--max_seconds", type=float, default=0.0)
+    parser.add_argument("--stuck_share", type=float, default=0.0, help="requests that take --stuck_seconds instead")
+    parser.add_argument("--stuck_seconds", type=float, default=10.0)
     parser.add_argument("--words", type=int, default=60, help="words of an answer")
     parser.add_argument("--log_file", type=Path)
     return parser

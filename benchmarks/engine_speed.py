@@ -5,11 +5,13 @@ Starts ``engine_server.py`` in a process of its own. Cases:
 * ``slow``: latency 1 to 3 s, 256 calls at a time; ``fast``: latency 0.2 s, 16 calls at a time. Ideal:
   concurrency / mean latency.
 * ``original``: the same slow server, ten threads that wait for each other after every 100 records.
+* ``stuck``: latency 0.1 s, one request in 200 takes 10 s, 16 at a time: what a window of 4 and of 64 requests
+  a call, read ahead of the first unfinished one, makes of it.
 * ``cpu``: CPU time of this process a request, engine against the bare client with the same settings, in turns.
 
 Prints one JSON line a case. Example:
 
-``PYTHONPATH=. python benchmarks/engine_speed.py --cases slow,fast,original,cpu``
+``PYTHONPATH=. python benchmarks/engine_speed.py --cases slow,fast,original,stuck,cpu``
 """
 
 from __future__ import annotations
@@ -31,19 +33,23 @@ from typing import Any
 
 import openai
 
+from codes.common import llm
 from codes.common.llm import Completion, CompletionRequest, Engine, Ledger, LlmClient
 from tests.chat_server import english
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_WINDOW = llm.WINDOW
 PROMPT_WORDS = 300
 MAX_TOKENS = 512
+STUCK_SHARE, STUCK_SECONDS = 1 / 200, 10.0
 
 
 @contextlib.contextmanager
-def running_server(min_seconds: float, max_seconds: float) -> Iterator[str]:
+def running_server(min_seconds: float, max_seconds: float, stuck_share: float = 0.0) -> Iterator[str]:
     """A server of its own process; yields its base URL."""
     command = [sys.executable, str(REPO_ROOT / "benchmarks" / "engine_server.py")]
     command += ["--min_seconds", str(min_seconds), "--max_seconds", str(max_seconds)]
+    command += ["--stuck_share", str(stuck_share), "--stuck_seconds", str(STUCK_SECONDS)]
     environment = os.environ | {"PYTHONPATH": str(REPO_ROOT)}
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     assert server.stdin is not None and server.stdout is not None
@@ -133,7 +139,6 @@ def measure_against_ideal(
     with running_server(min_seconds, max_seconds) as base_url:
         wall, cpu = run_engine(base_url, n, concurrency)
     ideal = concurrency / ((min_seconds + max_seconds) / 2)
-    # The last round empties out: with n requests, the ideal needs n / rate and half a latency spread more.
     return {
         "benchmark": f"engine_speed/{name}",
         "n_requests": n,
@@ -146,6 +151,28 @@ def measure_against_ideal(
         "cpu_ms_per_request": round(1e3 * cpu / n, 3),
         "load_average": round(os.getloadavg()[0], 2),
     }
+
+
+def measure_stuck(n: int, *, concurrency: int = 16, seconds: float = 0.1) -> list[dict[str, Any]]:
+    """Requests a second with some that get stuck, for a narrow and for the default window."""
+    ideal = concurrency / (seconds * (1 - STUCK_SHARE) + STUCK_SECONDS * STUCK_SHARE)
+    results = []
+    for window in (4, DEFAULT_WINDOW):
+        with running_server(seconds, seconds, STUCK_SHARE) as base_url:
+            llm.WINDOW = window
+            wall, _ = run_engine(base_url, n, concurrency)
+            llm.WINDOW = DEFAULT_WINDOW
+        results.append(
+            {
+                "benchmark": "engine_speed/stuck",
+                "window": window,
+                "n_requests": n,
+                "wall_seconds": round(wall, 2),
+                "requests_per_second": round(n / wall, 2),
+                "share_of_ideal": round(n / wall / ideal, 4),
+            }
+        )
+    return results
 
 
 def measure_original(n: int) -> dict[str, Any]:
@@ -182,7 +209,7 @@ def measure_cpu(n: int, concurrency: int, rounds: int) -> dict[str, Any]:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--cases", default="slow,fast,original,cpu")
+    parser.add_argument("--cases", default="slow,fast,original,stuck,cpu")
     parser.add_argument("--slow_requests", type=int, default=10000)
     parser.add_argument("--fast_requests", type=int, default=2000)
     parser.add_argument("--original_requests", type=int, default=300)
@@ -205,12 +232,16 @@ def main() -> int:
             result = measure_against_ideal(case, n=args.fast_requests, concurrency=16, min_seconds=0.2, max_seconds=0.2)
         elif case == "original":
             result = measure_original(args.original_requests)
+        elif case == "stuck":
+            for result in measure_stuck(args.fast_requests):
+                print(json.dumps(result), flush=True)
+            continue
         elif case == "cpu":
             for concurrency in (16, 256):
                 print(json.dumps(measure_cpu(args.cpu_requests, concurrency, args.rounds)), flush=True)
             continue
         else:
-            raise SystemExit(f"unknown case {case!r}; allowed: slow, fast, original, cpu")
+            raise SystemExit(f"unknown case {case!r}; allowed: slow, fast, original, stuck, cpu")
         rates[case] = result["requests_per_second"]
         print(json.dumps(result), flush=True)
     if {"slow", "original"} <= rates.keys():
