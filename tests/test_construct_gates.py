@@ -84,7 +84,7 @@ def test_similarity_is_a_symmetric_share(first: list[str], second: list[str]) ->
     one, two = " ".join(first), " ".join(second)
     assert 0 <= similarity(one, two) == similarity(two, one) <= 1
     assert similarity(one, one.upper()) == 1
-    if 21 < len(first) and first != second:
+    if len(first) > 21 and first != second:
         changed = [*first[:10], "word", *first[11:]]
         assert similarity(one, " ".join(changed)) >= BOUNDS["nearly_equal"].value
 
@@ -114,8 +114,13 @@ def test_a_refusal_is_right_in_no_record_but_one_about_refusing() -> None:
     assert answer_defect(refusal, chosen="I won't help with that.", others=["I can't provide it, sorry."]) == "refusal"
 
 
-ENGLISH = "This is the kind of text that is written by most of us when we have to answer which of the two it was and why."
-GERMAN = "Das ist die Art von Text, die von den meisten geschrieben wird, wenn sie auf eine Frage nicht gleich mit der Tür ins Haus fallen und sich Zeit nehmen."
+ENGLISH = (
+    "This is the kind of text that is written by most of us when we have to answer which of the two it was and why."
+)
+GERMAN = (
+    "Das ist die Art von Text, die von den meisten geschrieben wird, wenn sie auf eine Frage nicht gleich mit der Tür "
+    "ins Haus fallen und sich Zeit nehmen."
+)
 SPANISH = "El texto que se escribe en los casos en que una persona no sabe lo que es, pero con el tiempo se da cuenta del error."
 
 
@@ -125,7 +130,10 @@ def test_another_language_or_script_is_a_switch() -> None:
     russian = "Столица Австралии — это Сидней, и это всем известно."
     assert answer_defect(GERMAN, chosen=ENGLISH) == "language_switch"
     assert answer_defect(russian, chosen=ENGLISH) == "language_switch"
-    assert answer_defect(f"Sydney is the seat of it all. 答案是悉尼,这是众所周知的事实。", chosen=ENGLISH) == "language_switch"
+    assert (
+        answer_defect("Sydney is the seat of it all. 答案是悉尼,这是众所周知的事实。", chosen=ENGLISH)
+        == "language_switch"
+    )
     # A language that the question uses, a name in its own script and a formula are none.
     assert answer_defect(SPANISH, chosen=ENGLISH, question=f"Translate: {SPANISH}") is None
     assert answer_defect("In Moscow (Москва) they write that α + β = π, and so do we here.", chosen=ENGLISH) is None
@@ -202,9 +210,7 @@ def test_the_gates_let_the_own_injected_answers_through() -> None:
         for position, (text, bias) in enumerate(zip(record.rejected, record.bias_type, strict=True)):
             if bias is not None:
                 others = record.rejected[:position]
-                defect = answer_defect(
-                    text, chosen=record.chosen, others=others, bias=bias, question=record.question
-                )
+                defect = answer_defect(text, chosen=record.chosen, others=others, bias=bias, question=record.question)
                 defects[defect] += 1
     assert defects.total() >= 130
     # Each of them was read by people: what is refused here is refused wrongly. None of 136 was, when this was written.
@@ -230,9 +236,7 @@ def test_the_gates_let_public_rewrites_through(bias: str) -> None:
         source, text = row.original[1 - row.better], row.rewritten[1 - row.better]
         chosen = row.original[row.better]
         defects[
-            answer_defect(
-                text, chosen=chosen, others=[source], rewritten_from=source, bias=bias, question=row.question
-            )
+            answer_defect(text, chosen=chosen, others=[source], rewritten_from=source, bias=bias, question=row.question)
         ] += 1
         n_wrong_way += gained_cue(chosen, row.rewritten[row.better], bias)
     assert defects[None] >= PASSED[bias] * len(rows), defects

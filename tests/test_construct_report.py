@@ -148,7 +148,12 @@ def run_template_steps(tmp_path: Path, n: int) -> Path:
     work = tmp_path / "work"
     common = ["--work_dir", str(work)]
     written = str(work / "gptout.jsonl")
-    assert gptout.main([*common, "--input_file", str(tmp_path / "in.jsonl"), "--output_file", written, "--strategy=template"]) == 0
+    assert (
+        gptout.main(
+            [*common, "--input_file", str(tmp_path / "in.jsonl"), "--output_file", written, "--strategy=template"]
+        )
+        == 0
+    )
     files = ["--output_file", str(work / "verified.jsonl"), "--train_file", str(tmp_path / "train.jsonl")]
     assert verify_correctness.main([*common, "--input_file", written, *files, "--judge=none"]) == 0
     return work
@@ -159,7 +164,9 @@ def test_a_step_of_an_earlier_run_is_left_out_and_a_repeated_report_is_the_same(
     stale = report_of(tmp_path) | {"gptinst": {"input_file": "elsewhere", "output_file": "nowhere.jsonl"}}
     (work / "construction_report.json").write_text(json.dumps(stale))
     assert report.main(["--work_dir", str(work)]) == 0
-    first = [(work / name).read_bytes() for name in ("construction_report.json", report.MARKDOWN_FILE, report.PLOT_FILE)]
+    first = [
+        (work / name).read_bytes() for name in ("construction_report.json", report.MARKDOWN_FILE, report.PLOT_FILE)
+    ]
     summary = report_of(tmp_path)["summary"]
     assert summary["steps"] == ["gptout", "verify_correctness"]
     samples = [row["id"] for row in summary["samples"]]

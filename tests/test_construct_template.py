@@ -24,7 +24,9 @@ from codes.construct.template import TEMPLATE_VERSION, apply_template, without_h
 REPO_ROOT = Path(__file__).resolve().parents[1]
 OWN_SAMPLE = REPO_ROOT / "data" / "train-unified-feedback" / "own_sample.jsonl"
 CHANGES_FORM = ("beauty", "assertiveness")
-ANSWER = "It is Sydney, I think. Perhaps the harbour made it so:\n\n```python\nmaybe = 1  # probably\n```\n\n1. One\n2. Two"
+ANSWER = (
+    "It is Sydney, I think. Perhaps the harbour made it so:\n\n```python\nmaybe = 1  # probably\n```\n\n1. One\n2. Two"
+)
 
 
 def test_every_own_record_passes_the_gates_with_every_cue() -> None:
@@ -41,7 +43,9 @@ def test_every_own_record_passes_the_gates_with_every_cue() -> None:
 texts = st.one_of(
     st.text(min_size=1, max_size=300),
     st.lists(
-        st.sampled_from(["Perhaps.", "I think it is 5.", "`x` is 3 * 4", "- point", "# Head", "\n\n", "Ünï 🌟 **b**", "```\ncode"]),
+        st.sampled_from(
+            ["Perhaps.", "I think it is 5.", "`x` is 3 * 4", "- point", "# Head", "\n\n", "Ünï 🌟 **b**", "```\ncode"]
+        ),
         min_size=1,
         max_size=12,
     ).map(" ".join),

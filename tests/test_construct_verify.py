@@ -285,7 +285,10 @@ def test_no_judge_skips_and_keeps_every_row(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.delenv("OPENAI_API_KEY")
     rows = rows_with_bias(3)
     write_rows(tmp_path / "in.jsonl", rows)
-    argv = [f"--{name}={tmp_path / value}" for name, value in {"input_file": "in.jsonl", "output_file": "judged.jsonl"}.items()]
+    argv = [
+        f"--{name}={tmp_path / value}"
+        for name, value in {"input_file": "in.jsonl", "output_file": "judged.jsonl"}.items()
+    ]
     argv += [f"--train_file={tmp_path / 'train.jsonl'}", f"--work_dir={tmp_path / 'work'}", "--judge=none"]
     assert verify_correctness.main(argv) == 0
     train = read_rows(tmp_path / "train.jsonl")

@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -614,11 +614,15 @@ def open_atomic(path: str | Path) -> Iterator[IO[str]]:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
             handle = os.fdopen(descriptor, "w", encoding="utf-8")
-        with handle:
+        try:
             yield handle
             with _cannot_write(path):
                 handle.flush()
                 os.fsync(handle.fileno())
+        finally:
+            # After a write that the disk refused, closing tries once more and would hide the first error.
+            with suppress(OSError):
+                handle.close()
         with _cannot_write(path):
             os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, path)

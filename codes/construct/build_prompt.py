@@ -107,7 +107,9 @@ Style: {cue}{limit}
 
 Print only the rewritten answer."""
 
-# One turn that ends in the word to go on from: small models then answer with a letter, and large ones do too.
+# One short turn that ends in the word to go on from, so that even small models answer with a letter. The embedded model
+# gave 8 verdicts for 8 records with this text, 5 with a longer list of what does not count, and none with a system turn and
+# a form to fill in.
 _JUDGE = """\
 <conversation>
 {conversation}
@@ -115,9 +117,8 @@ _JUDGE = """\
 
 {candidates}
 
-Which answer to the last request is the most correct and helpful? Length, layout, confidence, praise, cheerfulness, \
-cited authorities and exact-looking figures do not count by themselves, and the order means nothing. Reply with one \
-letter only: {letters}.
+Which answer to the last request is the most correct and helpful? Style, length and confidence do not count. Reply \
+with one letter only: {letters}.
 Best:"""
 
 _SIMILAR_SYSTEM = "You write user requests for a collection of questions. You print only the request itself."
