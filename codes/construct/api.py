@@ -368,14 +368,3 @@ def open_api_of(args: argparse.Namespace) -> Api:
         retry_failed=args.retry_failed,
         estimate=args.estimate,
     )
-
-
-def token_counts(outcomes: Sequence[Outcome]) -> dict[str, int]:
-    """Tokens of the answers, as the server counted them (answers found in the ledger included)."""
-    answers = [outcome for outcome in outcomes if isinstance(outcome, Completion)]
-    return {
-        "n_requests": len(outcomes),
-        "n_answers": len(answers),
-        "prompt_tokens": sum(answer.prompt_tokens for answer in answers),
-        "completion_tokens": sum(answer.completion_tokens for answer in answers),
-    }

@@ -8,8 +8,7 @@ its own part of both files, so that a repeated run counts nothing twice. Used by
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -50,8 +49,3 @@ def write_report_section(work_dir: str | Path, step: str, section: dict[str, Any
     report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     write_json(path, report | {step: section})
     return path
-
-
-def count_reasons(failures: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """How often each reason class occurs, the most frequent first."""
-    return dict(Counter(row["reason"] for row in failures).most_common())
