@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from chat_server import ChatServer, Reply, answer, error
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codes.common.biases import BIASES, EVALUABLE, INJECTABLE, PAIRWISE, eval_file_name, get_bias
@@ -220,6 +220,7 @@ def test_markup_goes_and_words_and_code_stay() -> None:
     assert without_markup("✨") == "✨"
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.sampled_from(["a", "b", "c"]), max_size=60), st.integers(0, 9))
 def test_the_better_answer_stands_first_in_half_of_each_file(ids: list[str], seed: int) -> None:
     sides = Sides(seed)
