@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from codes.common.base_model import EMBEDDED_ALIAS, model_hash
 from codes.common.cli import run
 from codes.common.errors import ContrastRMError
+from codes.common.packing import PackLayout
 from codes.common.records import write_json
 from codes.common.reporting import run_metadata
 
@@ -111,6 +112,11 @@ def forward_flops(shape: ModelShape, n_tokens: int, n_attended_pairs: int) -> in
     Two per parameter and token; per pair of tokens that attend, two for the score and two for the value, times width.
     """
     return 2 * shape.n_parameters * n_tokens + 4 * shape.n_layers * shape.attention_width * n_attended_pairs
+
+
+def visible_pairs(layout: PackLayout) -> int:
+    """(query, key) pairs of a pack without filler: its token ``k`` is seen by ``[k, until[k])``."""
+    return int(layout.until.long().sum()) - layout.n_tokens * (layout.n_tokens - 1) // 2
 
 
 def resolve_device(name: str) -> torch.device:
@@ -219,6 +225,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warmup_steps", type=positive, default=1, help="steps before the timed ones")
     parser.add_argument("--learning_rate", type=float, default=5e-6)
     parser.add_argument("--max_length", type=positive, default=1024, help="a longer text stops the run")
+    parser.add_argument("--gradient_checkpointing", type=int, choices=(0, 1), default=0)
 
 
 def positive(text: str) -> int:

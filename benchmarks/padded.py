@@ -328,6 +328,7 @@ def run_training(
     warmup_steps: int,
     learning_rate: float,
     max_length: int,
+    gradient_checkpointing: int,
     temperature: float,
     **settings: Any,
 ) -> None:
@@ -338,6 +339,8 @@ def run_training(
         settings: Further settings, for the line.
     """
     plain = load_plain_model(model_path, precision=precision, device=device)
+    if gradient_checkpointing:
+        plain.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     groups = read_token_groups(plain, train_file, max_length)
     n_steps = warmup_steps + whole_steps(len(groups), groups_per_step, warmup_steps, steps)
     starts = range(0, n_steps * groups_per_step, groups_per_step)
@@ -354,6 +357,7 @@ def run_training(
         "groups_per_step": groups_per_step,
         "warmup_steps": warmup_steps,
         "learning_rate": learning_rate,
+        "gradient_checkpointing": gradient_checkpointing,
         "temperature": temperature,
         **settings,
     }

@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from benchmarks import common, gemm_rate, rows
+from benchmarks import common, exactness, gemm_rate, growth, rows, speed, speed_report, suites
 from benchmarks.padded import group_losses, load_plain_model, token_budget_batches
-from benchmarks.peers import original_loop, pipeline_scoring, sorted_padded
+from benchmarks.peers import original_loop, ours, pipeline_scoring, sorted_padded
 from codes.common.biases import EVALUABLE, eval_file_name
 from codes.common.errors import ContrastRMError
+from codes.common.packing import build_pack
 from codes.common.records import PreferenceRecord, read_preference_file, write_jsonl
 from codes.train.losses import contrastive_loss
 from tests.conftest import REPO_ROOT, run_module
@@ -110,6 +111,9 @@ def test_every_scoring_peer_gives_the_lone_scores_on_the_same_texts(
         "original_loop": (original_loop.main, ["score"]),
         "sorted_padded": (sorted_padded.main, ["score"]),
         "pipeline_scoring": (pipeline_scoring.main, []),
+        "ours.off": (ours.main, ["score", "--packing", "off"]),
+        "ours.packed": (ours.main, ["score", "--packing", "packed"]),
+        "ours.shared": (ours.main, ["score"]),
     }
     lines = {}
     for name, (main, task) in peers.items():
@@ -118,12 +122,15 @@ def test_every_scoring_peer_gives_the_lone_scores_on_the_same_texts(
         lines[name] = line_of(main, *task, *options, "--files", *SCORED)
         scores = json.loads(scores_file.read_text())
         torch.testing.assert_close(torch.tensor(scores), torch.tensor(expected), atol=1e-4, rtol=0)
-        assert lines[name]["peer"] == name and lines[name]["seconds"] > 0
+        assert lines[name]["peer"] == name.partition(".")[0] and lines[name]["seconds"] > 0
         assert lines[name]["texts_per_second"] == pytest.approx(len(expected) / lines[name]["seconds"])
     same = ("n_texts", "n_distinct", "n_tokens", "rows", "weight_hash")
     assert len({json.dumps([line[key] for key in same]) for line in lines.values()}) == 1
-    original, sorted_, piped = (lines[name]["n_computed_tokens"] for name in peers)
+    original, sorted_, piped, padded, packed, shared = (lines[name]["n_computed_tokens"] for name in peers)
     assert original == piped > sorted_ >= lines["original_loop"]["n_tokens"]
+    assert sorted_ > padded >= packed == lines["ours.packed"]["n_distinct_tokens"] > shared
+    # What is useful is a property of the texts, not of the way they are computed.
+    assert len({lines[name]["useful_flops"] for name in peers if name.startswith("ours")}) == 1
 
 
 def test_reduced_precision_scores_are_near(model_dir: Path, line_of: Callable[..., Line], tmp_path: Path) -> None:
@@ -145,13 +152,36 @@ def test_sorting_a_step_changes_the_padding_and_not_the_losses(
     one = line_of(original_loop.main, "train", *options)
     split = line_of(original_loop.main, "train", *options, "--micro_batch_size", 1)
     sorted_ = line_of(sorted_padded.main, "train", *options, "--max_tokens", 3000)
-    for line in (one, split, sorted_):
+    own = {
+        packing: line_of(ours.main, "train", *options, "--packing", packing, "--max_tokens_per_batch", 2000)
+        for packing in ours.PACKINGS
+    }
+    for line in (one, split, sorted_, *own.values()):
         assert len(line["losses"]) == 2 and line["n_groups"] == 4  # one step warms up, one is timed
         assert line["losses"] == pytest.approx(one["losses"], abs=1e-5)
         assert line["n_tokens"] == one["n_tokens"] and line["n_answers"] == one["n_answers"]
         assert line["groups_per_second"] == pytest.approx(4 / line["seconds"])
         assert line["peak_bytes"] > 10**7
     assert one["n_computed_tokens"] > sorted_["n_computed_tokens"] >= split["n_computed_tokens"] > one["n_tokens"]
+    assert own["packed"]["n_computed_tokens"] == one["n_tokens"] > own["shared"]["n_computed_tokens"]
+    assert own["off"]["micro_steps"] > 1  # the budget was in force
+    assert len({line["useful_flops"] for line in own.values()}) == 1
+
+
+def test_our_trainer_in_bfloat16_keeps_masters_and_checkpoints_change_no_loss(
+    model_dir: Path, train_files: dict[str, Path], line_of: Callable[..., Line]
+) -> None:
+    options = ["--model_path", model_dir, "--train_file", train_files["pairs"], "--max_length", 1500]
+    options += ["--groups_per_step", 2, "--steps", 1, "--device", "cpu", "--temperature", 1]
+    exact = line_of(ours.main, "train", *options)
+    recomputed = line_of(ours.main, "train", *options, "--gradient_checkpointing", 1)
+    assert recomputed["losses"] == pytest.approx(exact["losses"], abs=1e-6)
+    assert line_of(original_loop.main, "train", *options, "--gradient_checkpointing", 1)["losses"] == pytest.approx(
+        exact["losses"], abs=1e-5
+    )
+    rounded = line_of(ours.main, "train", *options, "--precision", "bfloat16")
+    assert (exact["weights"], rounded["weights"]) == ("float32", "bfloat16 with float32 masters")
+    assert rounded["losses"] != exact["losses"] and rounded["losses"] == pytest.approx(exact["losses"], abs=0.05)
 
 
 def test_the_first_loss_is_that_of_the_lone_scores(
@@ -326,6 +356,14 @@ def test_attended_pairs_are_those_of_the_mask(lengths: tuple[int, ...], prefix: 
     assert common.attended_pairs(lengths, prefix) == len(pairs)
 
 
+@pytest.mark.parametrize(("lengths", "prefix"), [((2, 1), 2), ((5,), 0), ((1, 4, 4), 3)])
+def test_visible_pairs_of_a_pack_are_those_of_its_groups(lengths: tuple[int, ...], prefix: int) -> None:
+    shared = list(range(100, 100 + prefix))
+    sequences = [[*shared, *range(10 * number, 10 * number + length)] for number, length in enumerate(lengths, 1)]
+    layout = build_pack(sequences, min_shared=1).layout
+    assert common.visible_pairs(layout) == common.attended_pairs(lengths, prefix) == int(layout.mask().sum())
+
+
 def test_gemm_rate_measures_the_shapes_of_a_block(model_dir: Path, line_of: Callable[..., Line]) -> None:
     line = line_of(gemm_rate.main, "--model_path", model_dir, "--tokens", 16, 32, "--seconds", 0.002, "--device", "cpu")
     assert [(entry["dtype"], entry["tokens"]) for entry in line["rates"]] == [
@@ -354,8 +392,13 @@ def test_unequal_work_is_refused(model_dir: Path, tiny_base_dir: Path, train_fil
         original_loop.main([*options, str(tiny_base_dir)])
     with pytest.raises(ContrastRMError, match="more than --max_length 20"):
         original_loop.main([*options, str(model_dir), "--max_length", "20"])
-    with pytest.raises(ContrastRMError, match="has 8 groups, the run needs 12"):
-        original_loop.main([*options, str(model_dir), "--max_length", "1500", "--steps", "2"])
+    for main in (original_loop.main, ours.main):
+        with pytest.raises(ContrastRMError, match="has 8 groups, the run needs 12"):
+            main([*options, str(model_dir), "--max_length", "1500", "--steps", "2"])
+    with pytest.raises(ContrastRMError, match="longer than max_length 20"):
+        ours.main([*options, str(model_dir), "--max_length", "20"])
+    with pytest.raises(ContrastRMError, match="the scorer does not autocast"):
+        ours.main(["score", "--model_path", str(model_dir), "--precision", "autocast"])
     with pytest.raises(ContrastRMError, match=r"make it with: python -m benchmarks.common"):
         load_plain_model("output/no-such-model", precision="float32")
 
@@ -371,3 +414,205 @@ def test_the_trl_setup_names_the_way_out_without_a_python(tmp_path: Path) -> Non
     )
     assert done.returncode == 1 and "Name another one: PYTHON=" in done.stderr
     assert not (tmp_path / "venv").exists()
+
+
+def test_growth_measures_packs_beside_padded_rows(model_dir: Path, line_of: Callable[..., Line]) -> None:
+    options = ["--group_sizes", 2, 3, "--prompts", 16, "--n_groups", 1, 2, "--prompt_tokens", 20, "--answer_tokens", 10]
+    for backward in (0, 1):
+        line = line_of(
+            growth.main, "--model_path", model_dir, "--device", "cpu", "--repeats", 1, "--backward", backward, *options
+        )
+        assert [speed_report.grown(point) for point in line["points"]] == [2, 3, 16, 1, 2]
+        assert all(point[f"{way}_seconds_per_group"] > 0 for point in line["points"] for way in ("packed", "padded"))
+    # Two answers of 10 tokens behind 20: 60 tokens apart, 40 together.
+    assert line["points"][0]["ceiling"] == 1.5
+
+
+def test_growth_points_hold_what_they_say() -> None:
+    point = growth.Point("answers of a group", n_groups=2, answers=3, prompt_tokens=20, answer_tokens=10)
+    sequences = point.sequences(vocabulary=10_000)
+    assert [len(ids) for ids in sequences] == [30] * 6
+    assert build_pack(sequences).layout.n_tokens * point.ceiling == 6 * 30
+    assert sequences == point.sequences(vocabulary=10_000)
+
+
+@pytest.fixture(scope="module")
+def compared(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A scoring suite of three peers, one round, each a process of its own; its folder and its command line."""
+    folder = tmp_path_factory.mktemp("speed")
+    options = ["--model_path", model_dir, "--device", "cpu", "--threads", 1, "--rounds", 1, "--seconds", 0.002]
+    options += ["--files", EVAL / "length_bias.jsonl", "--percent", 20, "--output_dir", folder]
+    options += ["--results_dir", folder / "results", "--peers", "gemm", "original_loop", "ours.shared"]
+    arguments = ["scoring-bf16", *map(str, options)]
+    assert speed.main(arguments) == 0
+    return folder, arguments
+
+
+def test_a_suite_runs_every_peer_once_a_round_and_writes_its_table(compared: tuple[Path, list[str]]) -> None:
+    folder, _ = compared
+    lines = speed.read_lines(folder / "scoring-bf16.jsonl")
+    assert [(line["run"], line["round"]) for line in lines] == [
+        (name, 0) for name in ("gemm", "original_loop", "ours.shared")
+    ]
+    assert all(line["machine"]["threads"] == 1 for line in lines)
+    gemm, original, shared = lines
+    assert (folder / "results" / "scoring-bf16.jsonl").read_bytes() == (folder / "scoring-bf16.jsonl").read_bytes()
+    table = (folder / "results" / "scoring-bf16.md").read_text()
+    row = next(line for line in table.splitlines() if line.startswith("| ours, packed with shared prefixes"))
+    cells = [cell.strip() for cell in row.split("|")[2:-1]]
+    assert float(cells[2]) == pytest.approx(original["seconds"] / shared["seconds"], abs=0.006)
+    assert cells[3] == f"{shared['n_computed_tokens']:,}"
+    rate = shared["useful_flops"] / shared["seconds"] / 1e9
+    fastest = max(entry["layer_gflops"] for entry in gemm["rates"] if entry["dtype"] == "bfloat16")
+    assert cells[6] == f"{100 * rate / fastest:.0f} %"
+    assert 0 < (folder / "results" / "scoring-bf16.svg").stat().st_size < 200_000
+    # The committed files name no place of this machine.
+    assert not any(
+        str(place) in path.read_text() for path in (folder / "results").iterdir() for place in (REPO_ROOT, folder)
+    )
+
+
+def test_a_stopped_suite_goes_on_where_it_was(compared: tuple[Path, list[str]], tmp_path: Path) -> None:
+    folder, arguments = compared
+    file = tmp_path / "scoring-bf16.jsonl"
+    whole = (folder / "scoring-bf16.jsonl").read_bytes()
+    file.write_bytes(whole + b'{"suite": "scoring-bf16", "run": "ours.sha')  # killed while it wrote
+    again = [str(tmp_path) if argument == str(folder) else argument for argument in arguments]
+    assert speed.main(again) == 0  # nothing is left to run
+    assert file.read_bytes() == whole
+    (folder / "results" / "scoring-bf16.md").unlink()
+    report = ["report", "scoring-bf16", "--output_dir", str(folder), "--results_dir", str(folder / "results")]
+    assert speed.main(report) == 0 and (folder / "results" / "scoring-bf16.md").is_file()
+    with pytest.raises(ContrastRMError, match="no lines of gpu in"):
+        speed.main(["report", "gpu", "--output_dir", str(folder), "--results_dir", str(folder / "results")])
+    with pytest.raises(ContrastRMError, match="scoring-bf16 has no run nobody; it has gemm, original_loop"):
+        speed.main([*again, "--peers", "nobody"])
+
+
+def test_another_commit_or_setting_is_another_measurement(model_dir: Path) -> None:
+    suite = suites.build_suite("gemm", suites.Options(model_path=model_dir))
+    keys = {
+        suites.session_key(suite, options, commit)
+        for options in (suites.Options(), suites.Options(percent=3))
+        for commit in ("a", "b")
+    }
+    assert len(keys) == 4
+    # Where the rows lie says nothing about them.
+    elsewhere = suites.session_key(suite, suites.Options(input_file="x", work_dir=Path("y")), "a")
+    assert elsewhere in keys
+
+
+def test_a_peer_that_cannot_run_is_named_and_tried_again(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRL_VENV", str(tmp_path / "none"))
+    options = ["--model_path", model_dir, "--device", "cpu", "--threads", 1, "--rounds", 1, "--steps", 1]
+    options += ["--input_file", REPO_ROOT / "data/train-unified-feedback/own_sample.jsonl", "--groups_per_step", 2]
+    options += ["--max_length", 1500, "--output_dir", tmp_path, "--results_dir", tmp_path / "results", "--peers", "trl"]
+    for _ in range(2):
+        assert speed.main(["training-pairs-fp32", *map(str, options)]) == 1
+        assert "TRL's environment is not installed: bash benchmarks/setup_trl.sh" in capsys.readouterr().err
+    table = (tmp_path / "results" / "training-pairs-fp32.md").read_text()
+    row = next(line for line in table.splitlines() if line.startswith("| TRL, float32"))
+    assert "not measured" in row and "setup_trl.sh" in row
+    lines = speed.read_lines(tmp_path / "training-pairs-fp32.jsonl")
+    assert ["failed" in line for line in lines] == [True, True]
+    assert len(speed_report.latest_of_each(lines)) == 1
+
+
+def test_ratios_are_taken_within_rounds() -> None:
+    assert speed_report.ratio_within_rounds({0: 2.0, 1: 9.0}, {0: 1.0, 1: 3.0, 2: 50.0}) == 2.5
+    assert speed_report.ratio_within_rounds({0: 2.0}, {1: 1.0}) is None
+    # Three pairs of TRL's make one group of four.
+    line = {"kind": "training", "run": "trl.float32", "round": 0, "groups_per_second": 6.0, "pairs_per_group": 3}
+    assert speed_report.rounds_of([line], "trl.float32") == {0: 2.0}
+
+
+def test_every_training_suite_gives_all_peers_the_same_work(model_dir: Path, tmp_path: Path) -> None:
+    records = str(REPO_ROOT / "data/train/own_train.jsonl")
+    options = suites.Options(
+        model_path=model_dir, work_dir=tmp_path, input_file=records, max_length=4000, groups_per_step=2, steps=1
+    )
+    parsers = {"original_loop": "train", "sorted_padded": "train", "ours": "train"}
+    for name, answers, modes in (("training-pairs-bf16", 2, 2), ("training-groups4-fp32", 4, 1)):
+        suite = suites.build_suite(name, options)
+        names = [run.name for run in suite.runs]
+        assert len(set(names)) == len(names) == 1 + 2 * modes + (modes if answers == 2 else 0) + 3
+        assert sum(one.startswith("trl") for one in names) == (modes if answers == 2 else 0)
+        files = {run.arguments[run.arguments.index("--train_file") + 1] for run in suite.runs if run.name != "gemm"}
+        (file,) = files
+        assert all(len(record.rejected) == answers - 1 for record in read_preference_file(file)[0])
+        assert all(run.arguments[0] == parsers.get(run.name.partition(".")[0], run.arguments[0]) for run in suite.runs)
+    with pytest.raises(ContrastRMError, match="unknown suite 'training-pairs-int8'"):
+        suites.build_suite("training-pairs-int8", options)
+
+
+def test_the_gpu_suite_is_ready(model_dir: Path, tmp_path: Path, line_of: Callable[..., Line]) -> None:
+    options = suites.Options(
+        model_path=model_dir,
+        work_dir=tmp_path,
+        device="cpu",
+        shapes=("tiny",),
+        prompts=(30,),
+        group_sizes=(2, 3),
+        groups_per_step=2,
+        steps=1,
+    )
+    suite = suites.build_suite("gpu", options)
+    assert {run.scenario for run in suite.runs} == {
+        "tiny",
+        "tiny, prompts of 30 tokens, groups of 2",
+        "tiny, prompts of 30 tokens, groups of 3",
+    }
+    mine = {run.name: run for run in suite.runs if run.scenario.endswith("groups of 3")}
+    line = line_of(ours.main, *mine["ours.shared"].arguments)
+    assert (line["n_groups"], line["n_answers"], line["gradient_checkpointing"]) == (2, 6, 1)
+    assert line["n_tokens"] > line["n_computed_tokens"] > 2 * 30
+    # TRL trains a group of three as two pairs.
+    trl = mine["trl.bfloat16"]
+    pairs, _ = read_preference_file(trl.arguments[trl.arguments.index("--train_file") + 1])
+    groups, _ = read_preference_file(tmp_path / "rows" / "random-3-answers-30-tokens-4-42.jsonl")
+    assert trl.pairs_per_group == 2 and len(pairs) == 2 * len(groups) == 8
+    assert [pair.rejected for pair in pairs[:2]] == [[text] for text in groups[0].rejected]
+    arguments = list(trl.arguments)
+    assert arguments[arguments.index("--groups_per_step") + 1] == "4"
+
+
+def test_exactness_holds_on_a_small_model_and_goes_on_where_it_stopped(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [
+        "--model_path",
+        model_dir,
+        "--device",
+        "cpu",
+        "--max_length",
+        4000,
+        "--chunk",
+        3,
+        "--max_tokens_per_batch",
+        3000,
+    ]
+    options += ["--input_file", REPO_ROOT / "data/train/own_train.jsonl", "--output_dir", tmp_path]
+    options += ["--results_dir", tmp_path / "results", "--bfloat16_groups", 3, "--gradient_groups", 1]
+    assert exactness.main([str(option) for option in [*options, "--groups", 3]]) == 0
+    first = (tmp_path / "exactness.jsonl").read_text()
+    capsys.readouterr()
+    assert exactness.main([str(option) for option in [*options, "--groups", 6]]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (tmp_path / "exactness.jsonl").read_text().startswith(first)  # the first chunk was not scored again
+    lines = speed.read_lines(tmp_path / "exactness.jsonl")
+    assert [(line["first"], line["stop"]) for line in lines] == [(0, 3), (3, 6)]
+    assert [len(scores) for scores in lines[0]["scores"]["float32/packed"]] == [2, 3, 4]
+    assert found["n_texts"] == 2 + 3 + 4 + 5 + 6 + 2 and found["n_bfloat16_pairs"] == 1 + 2 + 3
+    assert 0 < found["max_difference"] <= found["limit"] and 0 < found["max_gradient_error"] <= 1e-4
+    assert f"{found['n_texts']} texts of 6 groups" in (tmp_path / "results" / "exactness.md").read_text()
+
+    # What is wrong is seen: a score, a gradient, a verdict.
+    lines[1]["scores"]["float32/packed"][0][0] += 2e-5
+    lines[0]["scores"]["bfloat16/packed"][0] = lines[0]["scores"]["bfloat16/packed"][0][::-1]
+    wrong = exactness.summarise(lines, [2e-4])
+    assert wrong["max_difference"] == pytest.approx(2e-5, rel=0.1)
+    assert (wrong["scores_pass"], wrong["gradients_pass"], wrong["bfloat16_pass"]) == (False, False, False)
+    assert wrong["packed_differs_from_alone"] == 1 and wrong["padded_differs_from_alone"] == 0
+    assert "NO" in exactness.render(found | wrong)

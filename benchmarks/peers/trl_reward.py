@@ -1,7 +1,7 @@
 """TRL's RewardTrainer on pairs, in its own environment, with its own tokenisation, collator, loss and loop.
 
-The same model, precision, pairs, order, batch, learning rate, weight decay and clipping as the other peers; gradient
-checkpointing off; nothing saved or reported. Its loss is that of the other peers at temperature 1.
+The same model, precision, pairs, order, batch, learning rate, weight decay and clipping as the other peers; nothing saved or
+reported. Its loss is that of the other peers at temperature 1.
 Run: ``bash benchmarks/setup_trl.sh`` once, then, from the repository's root,
 ``PYTHONPATH=. output/benchmarks/trl-venv/bin/python -m benchmarks.peers.trl_reward --train_file output/benchmarks/pairs.jsonl``
 """
@@ -113,6 +113,7 @@ def train_pairs(
     warmup_steps: int,
     learning_rate: float,
     max_length: int,
+    gradient_checkpointing: int,
 ) -> dict[str, Any]:
     """Train and return the fields of ``training_fields`` and the peak memory.
 
@@ -143,7 +144,7 @@ def train_pairs(
                 max_steps=total_steps,
                 max_length=max_length,
                 train_sampling_strategy="sequential",
-                gradient_checkpointing=False,
+                gradient_checkpointing=bool(gradient_checkpointing),
                 learning_rate=learning_rate,
                 lr_scheduler_type="constant",
                 weight_decay=0.01,
@@ -201,6 +202,7 @@ def main(argv: list[str] | None = None) -> int:
         "micro_batch_size": options["micro_batch_size"],
         "warmup_steps": options["warmup_steps"],
         "learning_rate": options["learning_rate"],
+        "gradient_checkpointing": options["gradient_checkpointing"],
         "temperature": 1.0,
     }
     write_line(fields | result | model_fields(options["model_path"]), output_file)

@@ -159,6 +159,32 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=learning_rate, fused=not under_deepspeed())
 
 
+def keeps_master_weights(precision: str) -> bool:
+    """Whether this process keeps float32 masters of bf16 weights itself (several processes go through DeepSpeed)."""
+    return precision == "bf16" and int(os.environ.get("WORLD_SIZE", "1")) == 1 and not under_deepspeed()
+
+
+def prepare(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    master_weights: bool,
+) -> tuple[torch.nn.Module, Any]:
+    """The model and its optimizer, as the accelerator runs them."""
+    if master_weights:
+        # The masters are copies: made where the model has been put.
+        model = accelerator.prepare(model)
+    optimizer = make_optimizer(
+        model, learning_rate=learning_rate, weight_decay=weight_decay, master_weights=master_weights
+    )
+    if master_weights:
+        return model, accelerator.prepare(optimizer)
+    prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
+    return prepared_model, prepared_optimizer
+
+
 class Trainer:
     """One training run: its plan, its state and its log.
 
@@ -476,7 +502,7 @@ def train(
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     # Loaded before the accelerator exists: under ZeRO-3 transformers would build the model in pieces already, and a new
     # score head needs its shape. DeepSpeed splits the weights when it takes the model over.
-    master_weights = precision == "bf16" and world_size == 1 and not under_deepspeed()
+    master_weights = keeps_master_weights(precision)
     model, tokenizer = load_reward_model(
         model_path,
         # DeepSpeed keeps float32 masters of bf16 weights, and so do we in one process; elsewhere the weights are the masters.
@@ -537,16 +563,9 @@ def train(
                 "which would never reach the learning rate",
                 flush=True,
             )
-    if master_weights:
-        # The masters are copies: made where the model has been put.
-        prepared_model = accelerator.prepare(model)
-        optimizer = make_optimizer(
-            prepared_model, learning_rate=learning_rate, weight_decay=weight_decay, master_weights=True
-        )
-        prepared_optimizer = accelerator.prepare(optimizer)
-    else:
-        optimizer = make_optimizer(model, learning_rate=learning_rate, weight_decay=weight_decay)
-        prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
+    prepared_model, prepared_optimizer = prepare(
+        accelerator, model, learning_rate=learning_rate, weight_decay=weight_decay, master_weights=master_weights
+    )
     trainer = Trainer(
         accelerator=accelerator,
         model=prepared_model,

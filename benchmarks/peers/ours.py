@@ -1,0 +1,344 @@
+"""This project's trainer and scorer, as their users run them, measured as every peer is.
+
+Training: the real ``Trainer`` on the groups of a file in its order; ``--precision bfloat16`` and ``autocast`` both mean what
+``bf16`` means to it in one process: bfloat16 weights with float32 masters. Scoring: the real ``Scorer``.
+Also reports ``useful_flops``: what the same texts need when every token of their prefix trees is computed once, as laid out
+in packs of the same budget, each token attending to what it sees and to nothing else. It does not depend on ``--packing``.
+Run: ``python -m benchmarks.peers.ours train --train_file output/benchmarks/groups_of_4.jsonl --precision bfloat16``
+or ``python -m benchmarks.peers.ours score --percent 25 --precision bfloat16``
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import (
+    PeakMemory,
+    add_training_arguments,
+    forward_flops,
+    model_fields,
+    model_shape,
+    now,
+    resolve_device,
+    training_fields,
+    visible_pairs,
+    whole_steps,
+    write_line,
+)
+from benchmarks.padded import add_scoring_arguments, read_asked_texts, scoring_fields
+from codes.common.chat import ChatFormatter
+from codes.common.cli import run
+from codes.common.errors import ContrastRMError
+from codes.common.packing import Pack, build_pack, plan_packs
+from codes.common.records import read_preference_file
+from codes.common.scoring import Scorer, collate_texts, default_token_budget, resolve_packing
+from codes.train.data_utils import Group, count_micro_steps, encode_groups, group_costs, pack_groups, shard_step
+from codes.train.reward_model import load_reward_model
+from codes.train.train_reward_model import (
+    Objective,
+    Schedule,
+    Trainer,
+    keeps_master_weights,
+    make_accelerator,
+    prepare,
+    training_device,
+)
+
+PACKINGS = ("shared", "packed", "off")
+# What the trainer calls the precisions of the peers.
+TRAINER_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "autocast": "bf16"}
+
+
+@dataclass(frozen=True)
+class ConstantRate(Schedule):
+    """The same learning rate in every step, as the other peers have it."""
+
+    def rate(self, step: int) -> float:
+        """Learning rate of any step."""
+        return self.learning_rate
+
+
+def packs_flops(model_path: str, packs: Iterable[Pack]) -> int:
+    """Floating-point operations of a forward pass over packs without filler."""
+    shape = model_shape(model_path)
+    return sum(forward_flops(shape, pack.layout.n_tokens, visible_pairs(pack.layout)) for pack in packs)
+
+
+def build_trainer(
+    *,
+    model_path: str,
+    precision: str,
+    records_file: str,
+    groups_per_step: int,
+    steps: int | None,
+    warmup_steps: int,
+    learning_rate: float,
+    max_length: int,
+    gradient_checkpointing: bool,
+    temperature: float,
+    packing: str,
+    max_tokens_per_batch: int,
+    output_dir: Path,
+) -> Trainer:
+    """The trainer as ``train`` builds it, with a plan in the order of the file and a constant learning rate.
+
+    Raises:
+        ContrastRMError: A text is longer than ``max_length``, or the file has too few groups.
+    """
+    masters = keeps_master_weights(precision)
+    model, tokenizer = load_reward_model(model_path, dtype="bfloat16" if masters else "float32")
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    formatter = ChatFormatter(tokenizer, max_length=max_length, overlength="error")
+    groups, report = encode_groups(read_preference_file(records_file)[0], formatter)
+    if report.n_groups < report.n_records:
+        raise ContrastRMError(f"{records_file}: {report.n_without_negatives} records have no rejected answer")
+    n_steps = warmup_steps + whole_steps(len(groups), groups_per_step, warmup_steps, steps)
+    plan = [list(range(step * groups_per_step, (step + 1) * groups_per_step)) for step in range(n_steps)]
+    packing = resolve_packing(model, packing)
+    costs = group_costs(groups, packing)
+    micro_steps = count_micro_steps(
+        plan, costs, max_tokens=max_tokens_per_batch, world_size=1, by_length=packing == "off"
+    )
+    accelerator = make_accelerator(
+        precision="fp32" if masters else precision, accumulation=micro_steps, max_grad_norm=1.0
+    )
+    prepared_model, optimizer = prepare(
+        accelerator, model, learning_rate=learning_rate, weight_decay=0.01, master_weights=masters
+    )
+    return Trainer(
+        accelerator=accelerator,
+        model=prepared_model,
+        optimizer=optimizer,
+        groups=groups,
+        plan=plan,
+        costs=costs,
+        packing=packing,
+        objective=Objective("contrastive", temperature, 0.0),
+        schedule=ConstantRate(learning_rate, 0, n_steps),
+        global_batch_size=groups_per_step,
+        micro_batch_size=0,
+        max_tokens_per_batch=max_tokens_per_batch,
+        max_grad_norm=1.0,
+        seed=0,
+        pad_id=tokenizer.pad_token_id,
+        output_dir=output_dir,
+        save_steps=0,
+        keep_checkpoints=1,
+        logging_steps=1,
+        fingerprint={},
+    )
+
+
+def micro_batches(
+    groups: Sequence[Group], plan: Sequence[Sequence[int]], packing: str, max_tokens: int
+) -> list[list[list[Group]]]:
+    """The groups of every micro-batch of every step, as the trainer makes them."""
+    costs, by_length = group_costs(groups, packing), packing == "off"
+    micro_steps = count_micro_steps(plan, costs, max_tokens=max_tokens, world_size=1, by_length=by_length)
+    return [
+        [
+            [groups[index] for index in batch.groups]
+            for batch in shard_step(step, costs, micro_steps=micro_steps, rank=0, world_size=1, by_length=by_length)
+        ]
+        for step in plan
+    ]
+
+
+def computed_tokens(batches: Sequence[Sequence[Group]], packing: str, *, on_gpu: bool, pad_id: int) -> int:
+    """Tokens that the model computes for micro-batches, padding and filler included."""
+    if packing != "off":
+        return sum(pack_groups(batch, share=packing == "shared", on_gpu=on_gpu).layout.n_tokens for batch in batches)
+    rows = [[text for group in batch for text in group.texts] for batch in batches]
+    return sum(collate_texts(texts, pad_id)["input_ids"].numel() for texts in rows)
+
+
+def run_training(
+    *,
+    model_path: str,
+    precision: str,
+    device: str,
+    output_file: str | None,
+    train_file: str,
+    groups_per_step: int,
+    steps: int | None,
+    warmup_steps: int,
+    learning_rate: float,
+    max_length: int,
+    gradient_checkpointing: int,
+    temperature: float,
+    packing: str,
+    max_tokens_per_batch: int,
+) -> None:
+    """Train on the groups of a file in its order, and write the JSON line.
+
+    Raises:
+        ContrastRMError: As ``build_trainer``; or the trainer would take another device than the one asked for.
+    """
+    place = resolve_device(device)
+    if place.type != training_device().type:
+        raise ContrastRMError(
+            f"the trainer runs on {training_device()} here, not on {place}; hide the GPU with CUDA_VISIBLE_DEVICES= "
+            "or drop --device"
+        )
+    trainer_precision = TRAINER_PRECISIONS[precision]
+    budget = max_tokens_per_batch or default_token_budget(place)
+    memory = PeakMemory(place)
+    with tempfile.TemporaryDirectory(prefix="ours-") as scratch:
+        trainer = build_trainer(
+            model_path=model_path,
+            precision=trainer_precision,
+            records_file=train_file,
+            groups_per_step=groups_per_step,
+            steps=steps,
+            warmup_steps=warmup_steps,
+            learning_rate=learning_rate,
+            max_length=max_length,
+            gradient_checkpointing=bool(gradient_checkpointing),
+            temperature=temperature,
+            packing=packing,
+            max_tokens_per_batch=budget,
+            output_dir=Path(scratch),
+        )
+        plan, trainer.plan = trainer.plan, trainer.plan[:warmup_steps]
+        trainer.train()
+        # It goes on where it stopped.
+        trainer.plan = plan
+        memory.reset()
+        begin = now(place)
+        trainer.train()
+        seconds = now(place) - begin
+        peak = memory.fields()
+    timed = [trainer.groups[index] for step in plan[warmup_steps:] for index in step]
+    batches, shared_batches = (
+        [batch for step in micro_batches(trainer.groups, plan, way, budget)[warmup_steps:] for batch in step]
+        for way in (trainer.packing, "shared")
+    )
+    useful = packs_flops(model_path, (pack_groups(batch, share=True, on_gpu=False) for batch in shared_batches))
+    fields = {
+        "peer": "ours",
+        "task": "training",
+        "train_file": Path(train_file).name,
+        "precision": precision,
+        "weights": "bfloat16 with float32 masters" if trainer_precision == "bf16" else "float32",
+        "device": str(place),
+        "groups_per_step": groups_per_step,
+        "warmup_steps": warmup_steps,
+        "learning_rate": learning_rate,
+        "gradient_checkpointing": gradient_checkpointing,
+        "temperature": temperature,
+        "packing": trainer.packing,
+        "max_tokens_per_batch": budget,
+        "micro_steps": trainer.accelerator.gradient_accumulation_steps,
+    }
+    result = training_fields(
+        seconds=seconds,
+        losses=[entry["train/loss"] for entry in trainer.log],
+        n_groups=len(timed),
+        n_answers=sum(len(group.texts) for group in timed),
+        n_tokens=sum(group.n_tokens for group in timed),
+        n_computed_tokens=computed_tokens(batches, trainer.packing, on_gpu=place.type == "cuda", pad_id=trainer.pad_id),
+    )
+    # Forward, and twice as much backward.
+    write_line(fields | result | peak | flops_fields(3 * useful, seconds) | model_fields(model_path), output_file)
+
+
+def flops_fields(useful_flops: int, seconds: float) -> dict[str, Any]:
+    """``useful_flops``, and ``useful_gflops`` a second."""
+    return {"useful_flops": useful_flops, "useful_gflops": useful_flops / seconds / 1e9}
+
+
+def run_scoring(
+    *,
+    model_path: str,
+    precision: str,
+    device: str,
+    output_file: str | None,
+    files: Sequence[str] | None,
+    percent: float,
+    seed: int,
+    scores_file: str | None,
+    packing: str,
+    max_tokens_per_batch: int,
+) -> None:
+    """Score the texts of files, and write the JSON line; the time runs from the conversations to the scores.
+
+    Raises:
+        ContrastRMError: Autocast, which the scorer does not know.
+    """
+    if precision == "autocast":
+        raise ContrastRMError("the scorer does not autocast; use --precision bfloat16 or float32")
+    texts = read_asked_texts(files, percent, seed)
+    place = resolve_device(device)
+    model, tokenizer = load_reward_model(model_path, dtype=precision, device=place)
+    formatter = ChatFormatter(tokenizer)
+    scorer = Scorer(model, formatter, packing=packing, max_tokens_per_batch=max_tokens_per_batch)
+    scorer.score(texts.conversations[:1])  # the first call sets things up
+    memory = PeakMemory(place)
+    memory.reset()
+    begin = now(place)
+    found = scorer.score(texts.conversations)
+    seconds = now(place) - begin
+    peak = memory.fields()
+    encoded = formatter.encode(texts.conversations)
+    distinct = [text.input_ids for text in dict.fromkeys(encoded)]
+    plan = plan_packs(distinct, scorer.max_tokens_per_batch)
+    useful = packs_flops(model_path, (build_pack([distinct[index] for index in pack]) for pack in plan))
+    result = {
+        "scores": found.scores.tolist(),
+        "seconds": seconds,
+        "n_computed_tokens": found.n_computed_tokens,
+        "n_distinct_tokens": found.n_tokens,
+        **peak,
+        **flops_fields(useful, seconds),
+    }
+    fields = {
+        "peer": "ours",
+        "precision": precision,
+        "device": str(place),
+        "packing": scorer.packing,
+        "max_tokens_per_batch": scorer.max_tokens_per_batch,
+        **scoring_fields(result, texts, sum(len(text.input_ids) for text in encoded), scores_file),
+    }
+    write_line(fields | model_fields(model_path), output_file)
+
+
+def natural(text: str) -> int:
+    """Argparse type: 0, 1, 2, ..."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line with the tasks ``train`` and ``score``."""
+    parser = argparse.ArgumentParser(description="The trainer and the scorer of this project.")
+    tasks = parser.add_subparsers(dest="task", required=True)
+    for name, add_arguments in (("train", add_training_arguments), ("score", add_scoring_arguments)):
+        task = tasks.add_parser(name)
+        add_arguments(task)
+        task.add_argument("--packing", choices=PACKINGS, default="shared")
+        task.add_argument(
+            "--max_tokens_per_batch", type=natural, default=0, help="computed tokens at once; 0: what suits the device"
+        )
+        if name == "train":
+            task.add_argument("--temperature", type=float, default=0.5, help="1 makes pairs comparable with TRL's loss")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one task and print its JSON line."""
+    options = vars(build_parser().parse_args(argv))
+    run_task = run_training if options.pop("task") == "train" else run_scoring
+    run_task(**options)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

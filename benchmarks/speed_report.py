@@ -1,0 +1,322 @@
+"""Tables and plots of the comparisons, from their JSON lines alone.
+
+Rates are medians over the rounds, with the smallest and the largest; ratios are medians of the ratios within each round.
+Used by ``python -m benchmarks.speed``.
+"""
+
+from __future__ import annotations
+
+import io
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from codes.common.records import write_jsonl, write_text
+from codes.common.reporting import BLUE, GREY, VERMILION, Section, number, render_markdown
+
+Line = dict[str, Any]
+RATES = {"training": "groups_per_second", "scoring": "texts_per_second"}
+UNITS = {"training": "groups/s", "scoring": "texts/s"}
+# A busy machine slows all peers down, but not all alike.
+QUIET_LOAD = 1.5
+
+
+def write_report(lines: Sequence[Line], results_dir: str | Path, *, peak_tflops: float | None = None) -> Path:
+    """Write the table, the plot and the lines of one session.
+
+    Args:
+        lines: Of one suite and session.
+        peak_tflops: The device's peak, for the last column; None compares with the rate measured beside the peers.
+
+    Returns:
+        The table's path.
+    """
+    lines = latest_of_each(lines)
+    name, kind = lines[0]["suite"], lines[0]["kind"]
+    folder = Path(results_dir)
+    done = [line for line in lines if "failed" not in line]
+    sections = [Section("What was run", conditions(lines))]
+    svg = None
+    if kind in RATES:
+        for scenario in dict.fromkeys(line["scenario"] for line in lines if line["run"] != "gemm"):
+            sections.append(comparison_section(lines, scenario, peak_tflops))
+        svg = plot_rates_of(done) if any(line["run"] != "gemm" for line in done) else None
+    elif kind == "gemm_rate" and done:
+        sections.append(gemm_section(done))
+    elif done:
+        sections += [growth_section(done, way) for way in dict.fromkeys(line["scenario"] for line in done)]
+        svg = plot_growth(done)
+    if svg is not None:
+        sections.append(
+            Section("Plot", image=svg, image_file=f"{name}.svg", image_text="medians, with the smallest and largest")
+        )
+        write_text(folder / f"{name}.svg", svg)
+    table = folder / f"{name}.md"
+    write_text(table, render_markdown(lines[0]["title"], sections))
+    write_jsonl(folder / f"{name}.jsonl", lines)
+    return table
+
+
+def latest_of_each(lines: Sequence[Line]) -> list[Line]:
+    """One line for each run and round, in the order of the suite: a run that failed and was made again counts once."""
+    latest = {(line["position"], line["round"]): line for line in lines}
+    return [latest[key] for key in sorted(latest, key=lambda key: (key[1], key[0]))]
+
+
+def conditions(lines: Sequence[Line]) -> list[str]:
+    """What the reader must know to judge the numbers."""
+    done = [line for line in lines if "failed" not in line]
+    if not done:
+        return ["Not measured: every run failed."]
+    last = done[-1]
+    machine, versions = last["machine"], last["versions"]
+    where = ", ".join(machine["gpus"]) if last["device"].startswith("cuda") else machine["cpu"]
+    loads = [line["machine"]["load_average"] for line in done]
+    busy = " The machine was not quiet: read the spread first." if max(loads) > machine["threads"] + QUIET_LOAD else ""
+    changed = " with uncommitted changes" if any(line["git_uncommitted_changes"] for line in done) else ""
+    model = next((line for line in done if "weight_hash" in line), None)
+    texts = [
+        f"{where}, {machine['threads']} threads, {machine['memory_bytes'] / 2**30:.0f} GiB; torch {versions['torch']}, "
+        f"transformers {versions['transformers']}; commit {last['git_commit']}{changed}.",
+        f"{len({line['round'] for line in done})} rounds from {min(line['created_utc'] for line in done)} to "
+        f"{max(line['created_utc'] for line in done)}; load average after a run {min(loads):.1f} to {max(loads):.1f}.{busy}",
+    ]
+    if model is not None:
+        texts.insert(0, f"Model: {model['n_parameters'] / 1e6:.0f} M parameters without embeddings.")
+    trl = next((line["trl_version"] for line in done if "trl_version" in line), None)
+    return texts + ([f"TRL {trl}."] if trl else [])
+
+
+def comparison_section(lines: Sequence[Line], scenario: str, peak_tflops: float | None) -> Section:
+    """One table: a row for each peer of a scenario."""
+    mine = [line for line in lines if line["scenario"] == scenario and line["run"] != "gemm"]
+    kind, dtype, baselines = mine[0]["kind"], mine[0]["dtype"], mine[0]["baselines"]
+    by_run = {line["run"]: line for line in mine}
+    order = sorted(by_run.values(), key=lambda line: line["position"])
+    rates = {run: rounds_of(mine, run) for run in by_run}
+    known = [name for name in baselines if rates.get(name)]
+    # The same texts need the same work, whoever does it.
+    useful = next((line["useful_flops"] for line in mine if "useful_flops" in line), None)
+    gemm = gemm_gflops([line for line in lines if scenario.startswith(line["scenario"])], dtype)
+    peak = 1000 * peak_tflops if peak_tflops is not None else gemm
+    check = "first loss" if kind == "training" else "mean score"
+    header = ["run", UNITS[kind], "min to max", *(f"× {name}" for name in known), "computed tokens", "peak GiB"]
+    header += ["useful GFLOP/s", "of the peak" if peak_tflops is not None else "of matrix multiplication", check]
+    rows = [comparison_row(line, mine, rates, known, useful, peak) for line in order]
+    return Section(scenario or "Result", comparison_notes(mine, useful, gemm, peak_tflops), header, rows)
+
+
+def comparison_row(
+    line: Line,
+    lines: Sequence[Line],
+    rates: dict[str, dict[int, float]],
+    baselines: Sequence[str],
+    useful: int | None,
+    peak: float | None,
+) -> list[str]:
+    """A run's cells."""
+    run = line["run"]
+    found = list(rates[run].values())
+    if not found:
+        return [line["label"], "not measured", line["failed"], *[""] * (len(baselines) + 5)]
+    done = [one for one in lines if one["run"] == run and "failed" not in one]
+    ratios = [ratio_within_rounds(rates[run], rates[name]) for name in baselines]
+    rate = useful / statistics.median(one["seconds"] for one in done) / 1e9 if useful else None
+    check = done[-1]["losses"][0] if line["kind"] == "training" else done[-1]["score_mean"]
+    return [
+        line["label"],
+        significant(statistics.median(found)),
+        f"{significant(min(found))} to {significant(max(found))}",
+        *(number(ratio, 2) for ratio in ratios),
+        f"{done[-1]['n_computed_tokens']:,}",
+        f"{max(one['peak_bytes'] for one in done) / 2**30:.2f}",
+        "–" if rate is None else significant(rate),
+        "–" if rate is None or not peak else f"{100 * rate / peak:.0f} %",
+        number(check, 4),
+    ]
+
+
+def comparison_notes(
+    lines: Sequence[Line], useful: int | None, gemm: float | None, peak_tflops: float | None
+) -> list[str]:
+    """What was computed on, and what the last columns are measured against."""
+    done = [line for line in lines if "failed" not in line]
+    if not done:
+        return []
+    # TRL may see a group as several pairs: its own counts are not the suite's.
+    own = next((line for line in done if line["pairs_per_group"] == 1), done[0])
+    if own["kind"] == "training":
+        what = (
+            f"{own['n_groups']} groups with {own['n_answers']} answers, {own['n_tokens']:,} tokens in the timed steps of "
+            f"{own['groups_per_step']} groups, learning rate {own['learning_rate']:g}, gradient checkpointing "
+            f"{'on' if own['gradient_checkpointing'] else 'off'}."
+        )
+    else:
+        files = ", ".join(f"{file} {n}" for file, n in own["rows"].items())
+        what = (
+            f"{own['n_texts']:,} texts ({own['n_distinct']:,} distinct) with {own['n_tokens']:,} tokens, "
+            f"{own['n_questions']} questions; rows: {files}."
+        )
+    notes = [what]
+    if useful is not None:
+        notes.append(
+            f"Useful work: {useful / 1e9:,.0f} GFLOP (every token of the prefix trees once), for all runs alike."
+        )
+    if peak_tflops is not None:
+        notes.append(f"Peak as given: {peak_tflops:g} TFLOP/s.")
+    if gemm is not None:
+        notes.append(f"Matrix multiplication at the model's shapes, measured in the same rounds: {gemm:,.0f} GFLOP/s.")
+    return notes
+
+
+def rounds_of(lines: Iterable[Line], run: str) -> dict[int, float]:
+    """Groups or texts a second in every round of a run that did not fail."""
+    return {
+        line["round"]: line[RATES[line["kind"]]] / line["pairs_per_group"]
+        for line in lines
+        if line["run"] == run and "failed" not in line
+    }
+
+
+def ratio_within_rounds(rates: dict[int, float], baseline: dict[int, float]) -> float | None:
+    """Median over the rounds that both have of how many times faster it was."""
+    shared = rates.keys() & baseline.keys()
+    return statistics.median(rates[one] / baseline[one] for one in shared) if shared else None
+
+
+def gemm_gflops(lines: Iterable[Line], dtype: str) -> float | None:
+    """Median over the rounds of the best measured rate."""
+    best = [
+        max(entry["layer_gflops"] for entry in line["rates"] if entry["dtype"] == dtype)
+        for line in lines
+        if line["run"] == "gemm" and "failed" not in line
+    ]
+    return statistics.median(best) if best else None
+
+
+def gemm_section(lines: Sequence[Line]) -> Section:
+    """Rates of the matrix multiplications of a block."""
+    cells: dict[tuple[str, int], list[float]] = {}
+    for line in lines:
+        for entry in line["rates"]:
+            cells.setdefault((entry["dtype"], entry["tokens"]), []).append(entry["layer_gflops"])
+    rows = [
+        [f"{dtype}, {tokens} tokens", significant(statistics.median(found)), f"{min(found):,.0f} to {max(found):,.0f}"]
+        for (dtype, tokens), found in cells.items()
+    ]
+    return Section("Result", ["All linear layers of a block together."], ["", "GFLOP/s", "min to max"], rows)
+
+
+def growth_section(lines: Sequence[Line], way: str) -> Section:
+    """Seconds of a group, packed and padded, for every point."""
+    rows = []
+    for point, packed, padded in growth_points([line for line in lines if line["scenario"] == way]):
+        rows.append(
+            [
+                f"{point['series']}: {grown(point)}",
+                f"{1000 * packed:,.1f}",
+                f"{1000 * padded:,.1f}",
+                f"{padded / packed:.2f}",
+                f"{point['ceiling']:.2f}",
+            ]
+        )
+    notes = [
+        "Milliseconds of a group, medians over the rounds. All answers of a series have the same length: next to nothing is "
+        "padding. The last column is the ratio of the tokens."
+    ]
+    header = ["what grows", "packed, shared", "padded", "times faster", "fewer tokens"]
+    return Section(way, notes, header, rows)
+
+
+def growth_points(lines: Sequence[Line]) -> list[tuple[Line, float, float]]:
+    """Every point with its median seconds of a group, packed and padded."""
+    found = []
+    for position, point in enumerate(lines[0]["points"]):
+        packed, padded = (
+            statistics.median(line["points"][position][f"{name}_seconds_per_group"] for line in lines)
+            for name in ("packed", "padded")
+        )
+        found.append((point, packed, padded))
+    return found
+
+
+def grown(point: Line) -> int:
+    """What a point's series lets grow."""
+    key = {"answers of a group": "answers", "tokens of the prompt": "prompt_tokens", "groups of four": "n_groups"}
+    return int(point[key[point["series"]]])
+
+
+def significant(value: float) -> str:
+    """Three digits that count."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def plot_rates_of(lines: Sequence[Line]) -> str:
+    """Bars of the medians with the smallest and largest rate; one panel a scenario. SVG text."""
+    scenarios = list(dict.fromkeys(line["scenario"] for line in lines if line["run"] != "gemm"))
+
+    def draw(axes: Sequence[Any]) -> None:
+        for axis, scenario in zip(axes, scenarios, strict=False):
+            mine = [line for line in lines if line["scenario"] == scenario and line["run"] != "gemm"]
+            labels = {
+                line["run"]: line["label"] for line in sorted(mine, key=lambda line: line["position"], reverse=True)
+            }
+            for row, run in enumerate(labels):
+                found = list(rounds_of(mine, run).values())
+                middle = statistics.median(found)
+                colour = BLUE if run.startswith("ours") else GREY
+                axis.barh(row, middle, color=colour, height=0.7)
+                spread = [[middle - min(found)], [max(found) - middle]]
+                axis.errorbar(middle, row, xerr=spread, color="black", capsize=3, linewidth=1)
+            axis.set_yticks(range(len(labels)), list(labels.values()))
+            axis.set_title(scenario)
+            axis.set_xlabel(UNITS[mine[0]["kind"]])
+
+    heights = [len({line["run"] for line in lines if line["scenario"] == scenario}) for scenario in scenarios]
+    return plot_panels(
+        draw, len(scenarios), columns=min(2, len(scenarios)), width=8.5, height=0.36 * max(heights) + 1.2
+    )
+
+
+def plot_growth(lines: Sequence[Line]) -> str:
+    """Milliseconds of a group along each series, packed and padded. SVG text."""
+    ways = list(dict.fromkeys(line["scenario"] for line in lines))
+    curves = {way: growth_points([line for line in lines if line["scenario"] == way]) for way in ways}
+    panels = [(way, series) for way in ways for series in dict.fromkeys(point["series"] for point, _, _ in curves[way])]
+
+    def draw(axes: Sequence[Any]) -> None:
+        for axis, (way, series) in zip(axes, panels, strict=False):
+            mine = [entry for entry in curves[way] if entry[0]["series"] == series]
+            places = [grown(point) for point, _, _ in mine]
+            axis.plot(places, [1000 * padded for _, _, padded in mine], color=GREY, marker="o", label="padded")
+            axis.plot(places, [1000 * packed for _, packed, _ in mine], color=BLUE, marker="o", label="packed, shared")
+            fair = [1000 * padded / point["ceiling"] for point, _, padded in mine]
+            axis.plot(places, fair, color=VERMILION, linestyle=":", label="padded, by the tokens saved")
+            axis.set_xlabel(series)
+            axis.set_ylabel("ms a group")
+            axis.set_ylim(bottom=0)
+            axis.set_title(way)
+            axis.legend()
+
+    return plot_panels(draw, len(panels), columns=3, width=4.4, height=3.4)
+
+
+def plot_panels(draw: Callable[[Sequence[Any]], None], n: int, *, columns: int, width: float, height: float) -> str:
+    """Panels side by side, drawn by ``draw``; the same input gives the same SVG text."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context({"svg.hashsalt": "contrastrm", "svg.fonttype": "none", "font.size": 10}):
+        n_rows = -(-n // columns)
+        figure, axes = pyplot.subplots(n_rows, columns, figsize=(width * columns, height * n_rows), squeeze=False)
+        for unused in axes.flat[n:]:
+            unused.set_visible(False)
+        draw(axes.flat[:n])
+        figure.tight_layout()
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        pyplot.close(figure)
+    return buffer.getvalue()
