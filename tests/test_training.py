@@ -475,7 +475,7 @@ def test_token_budget_follows_the_memory(tiny_base_dir: Path) -> None:
     assert budgets == sorted(budgets) and budgets[0] < budgets[-1] <= 65536
     more = choose_token_budget(model, card, gradient_checkpointing=True, memory=sizes[0], **options)
     assert more > budgets[0]
-    assert choose_token_budget(model, cpu, gradient_checkpointing=False, memory=2**34, **options) == 2048
+    assert choose_token_budget(model, cpu, gradient_checkpointing=False, memory=2**34, **options) == 4096
     with pytest.raises(ContrastRMError, match="nothing fits beside it. Use ZeRO-3"):
         choose_token_budget(model, card, gradient_checkpointing=False, memory=2**20, **options)
 
