@@ -150,10 +150,13 @@ def has_meta_talk(text: str) -> bool:
 # --- equality -----------------------------------------------------------------------------------------------------------
 
 
+_WORD = re.compile(r"[^\W_]+")
+
+
 def normalised(text: str) -> str:
     """Letters and digits alone, in lower case: layout and punctuation do not make another answer."""
     folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join("".join(character if character.isalnum() else " " for character in folded).split())
+    return " ".join(_WORD.findall(folded))
 
 
 def similarity(first: str, second: str) -> float:
