@@ -265,7 +265,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
 def _hold_ledger(path: str, ready: multiprocessing.synchronize.Event) -> None:
     with Ledger(path):
         ready.set()
-        time.sleep(30)
+        time.sleep(300)
 
 
 def test_a_second_run_is_refused_and_a_killed_one_is_not_in_the_way(tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_a_second_run_is_refused_and_a_killed_one_is_not_in_the_way(tmp_path: Pa
     holder = context.Process(target=_hold_ledger, args=(str(path), ready))
     holder.start()
     try:
-        assert ready.wait(20)
+        assert ready.wait(120)
         with pytest.raises(ContrastRMError, match="another run is using"):
             Ledger(path)
     finally:
