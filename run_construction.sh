@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Build bias-injected preference data:  gptout -> (USE_GPTINST=1: gptinst) -> verify_correctness
+# Build bias-injected preference data:  gptout -> (USE_GPTINST=1: gptinst) -> verify_correctness -> report
 #
 #   OPENAI_API_KEY=… API_MODEL=MODEL bash run_construction.sh   any OpenAI-compatible API (API_BASE_URL names another)
 #   GENERATOR=embedded bash run_construction.sh                 the small embedded model: no key, no network
+#   STRATEGY=template bash run_construction.sh                  cues by rule: no model at all, and no judge
 #
 # Edit a line of the block or prefix the environment: LIMIT=20 bash run_construction.sh. Further flags go to gptout.
 # Paths are relative to the repository. DRY_RUN=1 prints the commands. The key is read from the environment only.
+# Exit code 3: everything is written, but some requests brought no answer; the same command asks them again.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 
@@ -14,10 +16,14 @@ GENERATOR="${GENERATOR:-api}"                      # api | embedded
 INPUT_FILE="${INPUT_FILE:-data/train-unified-feedback/own_sample.jsonl}"
 OUTPUT_FILE="${OUTPUT_FILE:-output/construct/train.jsonl}" # the training file
 WORK_DIR="${WORK_DIR:-output/construct}"           # intermediate files; a second run resumes from them
-STRATEGY="${STRATEGY:-wrong_answer}"               # wrong_answer | rewrite_rejected
+STRATEGY="${STRATEGY:-wrong_answer}"               # wrong_answer | rewrite_rejected | template
 BIAS_TYPES="${BIAS_TYPES:-all}"                    # all | length,authority,beauty,…
 BIASES_PER_RECORD="${BIASES_PER_RECORD:-2}"
+CUE_GATE="${CUE_GATE:-on}"                         # off: for languages other than English
 USE_GPTINST="${USE_GPTINST:-0}"                    # 1: also answers to a similar but different question
+JUDGE_MODEL="${JUDGE_MODEL:-}"                     # empty: API_MODEL judges its own texts, with a warning
+ORDERS="${ORDERS:-2}"                              # orders in which a judge sees the answers; the chosen must win in all
+DROP_BAD_NEGATIVES="${DROP_BAD_NEGATIVES:-0}"      # 1: drop a rejected answer that beats the chosen, not the whole row
 VERIFY_FILTER="${VERIFY_FILTER:-auto}"             # auto | on | off
 LIMIT="${LIMIT:-0}"                                # 0: all records
 MAX_BAD_ROWS="${MAX_BAD_ROWS:-0}"                  # more malformed rows than this stop the run
@@ -29,22 +35,46 @@ MAX_NEW_TOKENS="${MAX_NEW_TOKENS:-1024}"
 CONCURRENCY="${CONCURRENCY:-16}"
 MAX_ATTEMPTS="${MAX_ATTEMPTS:-6}"                  # per request
 REQUEST_TIMEOUT="${REQUEST_TIMEOUT:-120}"          # seconds
+# Budget of each step in one run; answers found in the ledger cost nothing. Empty: no limit.
+MAX_REQUESTS="${MAX_REQUESTS:-}"
+MAX_TOKENS_BUDGET="${MAX_TOKENS_BUDGET:-}"         # prompt and completion tokens together
+MAX_COST="${MAX_COST:-}"                           # needs both prices
+PRICE_IN="${PRICE_IN:-}"                           # per million prompt tokens, in any currency
+PRICE_OUT="${PRICE_OUT:-}"                         # per million completion tokens
+JUDGE_PRICE_IN="${JUDGE_PRICE_IN:-$PRICE_IN}"      # of JUDGE_MODEL
+JUDGE_PRICE_OUT="${JUDGE_PRICE_OUT:-$PRICE_OUT}"
+REQUESTS_PER_MINUTE="${REQUESTS_PER_MINUTE:-}"
+TOKENS_PER_MINUTE="${TOKENS_PER_MINUTE:-}"
+ESTIMATE="${ESTIMATE:-0}"                          # 1: print requests, tokens and cost of each step; ask nothing
+RETRY_FAILED="${RETRY_FAILED:-0}"                  # 1: ask again what an earlier run recorded as failed for good
 # ----------------------------------------------------------------------------------------------------------------
+
+refuse() {
+  echo "run_construction.sh: $1" >&2
+  exit 2
+}
 
 case "$GENERATOR" in
   api | embedded) ;;
-  *)
-    echo "run_construction.sh: GENERATOR=$GENERATOR is unknown. Allowed: api, embedded" >&2
-    exit 2
-    ;;
+  *) refuse "GENERATOR=$GENERATOR is unknown. Allowed: api, embedded" ;;
 esac
-if [[ "$GENERATOR" == api && -z "${OPENAI_API_KEY:-}" && "${DRY_RUN:-0}" != 1 ]]; then
+[[ "$GENERATOR" == api || -z "$JUDGE_MODEL" ]] ||
+  refuse "JUDGE_MODEL=$JUDGE_MODEL with GENERATOR=embedded: the embedded server has one model. Leave JUDGE_MODEL empty."
+
+# Rules write the template strategy; a model comes in only where one was asked for.
+uses_model=1
+[[ "$STRATEGY" != template || "$GENERATOR" == embedded || "$USE_GPTINST" == 1 || -n "$JUDGE_MODEL" ]] || uses_model=0
+
+if [[ "$uses_model" == 1 && "$GENERATOR" == api && -z "${OPENAI_API_KEY:-}" && "${DRY_RUN:-0}" != 1 &&
+  "$ESTIMATE" != 1 ]]; then
   cat >&2 <<'MESSAGE'
-run_construction.sh: there is no API key. Two ways out:
+run_construction.sh: there is no API key. Three ways out:
   1. OPENAI_API_KEY=<your key> API_MODEL=<model> bash run_construction.sh
      (a server of your own: add API_BASE_URL=http://localhost:8000/v1 and any non-empty key)
   2. GENERATOR=embedded bash run_construction.sh
      (a 135M-parameter model on this machine: shows that the pipeline works, not good data)
+  3. STRATEGY=template bash run_construction.sh
+     (cues added by rule, no model: for ablations)
 MESSAGE
   exit 2
 fi
@@ -52,7 +82,8 @@ fi
 source scripts/env.sh
 
 inside_server="${CONTRASTRM_EMBEDDED_SERVER:-0}"
-if [[ "$GENERATOR" == embedded && "$inside_server" != 1 ]]; then
+# An estimate asks nothing, so it needs the server's model name and not the server.
+if [[ "$GENERATOR" == embedded && "$inside_server" != 1 && "$ESTIMATE" != 1 ]]; then
   server=("$PYTHON" -m codes.construct.embedded_server --model_path embedded --work_dir "$WORK_DIR" --)
   # The second start of this script finds the same knobs in the environment, and the environment already made.
   if is_dry_run; then
@@ -67,32 +98,70 @@ api_flags=(
   --concurrency "$CONCURRENCY" --max_attempts "$MAX_ATTEMPTS" --request_timeout "$REQUEST_TIMEOUT"
   --work_dir "$WORK_DIR" --max_bad_rows "$MAX_BAD_ROWS"
 )
+add_flag() { [[ -z "$2" ]] || api_flags+=("$1" "$2"); } # a flag whose value may be empty
+add_flag --max_requests "$MAX_REQUESTS"
+add_flag --max_tokens "$MAX_TOKENS_BUDGET"
+add_flag --max_cost "$MAX_COST"
+add_flag --requests_per_minute "$REQUESTS_PER_MINUTE"
+add_flag --tokens_per_minute "$TOKENS_PER_MINUTE"
+[[ "$ESTIMATE" != 1 ]] || api_flags+=(--estimate)
+[[ "$RETRY_FAILED" != 1 ]] || api_flags+=(--retry_failed)
 # The embedded server puts its own address and model into the environment: nothing may override them.
-if [[ "$GENERATOR" == api ]]; then
-  [[ -z "$API_MODEL" ]] || api_flags+=(--api_model "$API_MODEL")
-  [[ -z "$API_BASE_URL" ]] || api_flags+=(--api_base_url "$API_BASE_URL")
-fi
-write_flags=(--temperature "$TEMPERATURE" --max_new_tokens "$MAX_NEW_TOKENS" --seed "$SEED")
+[[ "$GENERATOR" == embedded ]] || add_flag --api_base_url "$API_BASE_URL"
+writer_flags=()
+judge_flags=()
+[[ "$GENERATOR" == embedded || -z "$API_MODEL" ]] || writer_flags+=(--api_model "$API_MODEL")
+[[ "$GENERATOR" != embedded || "$ESTIMATE" != 1 ]] || api_flags+=(--api_model embedded)
+[[ -z "$PRICE_IN" ]] || writer_flags+=(--price_in "$PRICE_IN")
+[[ -z "$PRICE_OUT" ]] || writer_flags+=(--price_out "$PRICE_OUT")
+[[ "$GENERATOR" == embedded || -z "${JUDGE_MODEL:-$API_MODEL}" ]] ||
+  judge_flags+=(--api_model "${JUDGE_MODEL:-$API_MODEL}")
+[[ -z "$JUDGE_PRICE_IN" ]] || judge_flags+=(--price_in "$JUDGE_PRICE_IN")
+[[ -z "$JUDGE_PRICE_OUT" ]] || judge_flags+=(--price_out "$JUDGE_PRICE_OUT")
+[[ "$DROP_BAD_NEGATIVES" != 1 ]] || judge_flags+=(--drop_bad_negatives)
+[[ "$uses_model" == 1 ]] || judge_flags+=(--judge none)
+write_flags=(--temperature "$TEMPERATURE" --max_new_tokens "$MAX_NEW_TOKENS" --seed "$SEED" ${writer_flags[@]+"${writer_flags[@]}"})
+
+exit_code=0
 
 # Args: the module's name, then its flags.
 construct() {
   local status=0
   run_step "$PYTHON" -m "codes.construct.$1" "${@:2}" || status=$?
-  ((status == 0)) || {
-    echo "run_construction.sh: $1 failed (exit code $status), the later steps were not run. The error is above;" \
-      "the same command continues from $WORK_DIR." >&2
-    exit "$status"
-  }
+  case "$status" in
+    0) ;;
+    3) exit_code=3 ;; # rows are missing, the others are written: the later steps can work with them
+    *)
+      echo "run_construction.sh: $1 failed (exit code $status), the later steps were not run. The error is above;" \
+        "the same command continues from $WORK_DIR." >&2
+      exit "$status"
+      ;;
+  esac
 }
 
 written="$WORK_DIR/gptout.jsonl"
 construct gptout --input_file "$INPUT_FILE" --output_file "$written" --strategy "$STRATEGY" \
-  --bias_types "$BIAS_TYPES" --biases_per_record "$BIASES_PER_RECORD" --limit "$LIMIT" \
+  --bias_types "$BIAS_TYPES" --biases_per_record "$BIASES_PER_RECORD" --cue_gate "$CUE_GATE" --limit "$LIMIT" \
   "${write_flags[@]}" "${api_flags[@]}" "$@"
+# Nothing is written in an estimate: the later steps count with the input, and with the answers to come.
+expected="$BIASES_PER_RECORD"
+[[ "$ESTIMATE" != 1 ]] || written="$INPUT_FILE"
 if [[ "$USE_GPTINST" == 1 ]]; then
-  construct gptinst --input_file "$written" --output_file "$WORK_DIR/gptinst.jsonl" "${write_flags[@]}" "${api_flags[@]}"
-  written="$WORK_DIR/gptinst.jsonl"
+  limit_flags=()
+  [[ "$ESTIMATE" != 1 ]] || limit_flags=(--limit "$LIMIT")
+  construct gptinst --input_file "$written" --output_file "$WORK_DIR/gptinst.jsonl" "${write_flags[@]}" \
+    "${api_flags[@]}" ${limit_flags[@]+"${limit_flags[@]}"}
+  [[ "$ESTIMATE" == 1 ]] || written="$WORK_DIR/gptinst.jsonl"
+  expected=$((expected + 1))
 fi
+[[ "$ESTIMATE" != 1 ]] || judge_flags+=(--expected_negatives "$expected" --limit "$LIMIT")
 construct verify_correctness --input_file "$written" --output_file "$WORK_DIR/verified.jsonl" \
-  --train_file "$OUTPUT_FILE" --verify_filter "$VERIFY_FILTER" "${api_flags[@]}"
-is_dry_run || echo "run_construction.sh: the training file is $OUTPUT_FILE"
+  --train_file "$OUTPUT_FILE" --verify_filter "$VERIFY_FILTER" --orders "$ORDERS" --seed "$SEED" "${api_flags[@]}" \
+  ${judge_flags[@]+"${judge_flags[@]}"}
+[[ "$ESTIMATE" != 1 ]] || exit "$exit_code"
+construct report --work_dir "$WORK_DIR"
+is_dry_run && exit 0
+echo "run_construction.sh: the training file is $OUTPUT_FILE, the report $WORK_DIR/construction_report.md"
+[[ "$exit_code" == 0 ]] ||
+  echo "run_construction.sh: some requests brought no answer ($WORK_DIR/failed.jsonl); the same command asks again." >&2
+exit "$exit_code"

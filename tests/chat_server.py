@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import random
 import socket
 import struct
 import threading
@@ -28,6 +29,28 @@ class Reply:
     headers: dict[str, str] = field(default_factory=dict)
     sent: float = 1.0
     seconds: float = 0.0
+
+
+_WORDS = tuple(
+    word
+    for line in (
+        "river stone window morning garden letter market bridge winter harbour lantern meadow copper village",
+        "forest island kettle ladder mirror needle orchard pepper quarry ribbon saddle timber valley wagon yellow",
+        "always often seldom perhaps nearby beyond under across between around carries holds follows leaves brings",
+        "keeps turns opens closes reaches crosses covers builds mends finds loses counts weighs paints draws writes",
+        "bright narrow heavy gentle quiet distant early plain broad simple proper steady honest modest slow warm",
+        "the a every some this that each another our their with from into over before after because while and but",
+    )
+    for word in line.split()
+)
+
+
+def english(seed: str, n_words: int) -> str:
+    """Sentences without much meaning that follow from the seed alone."""
+    draw = random.Random(seed)
+    words = [draw.choice(_WORDS) for _ in range(n_words)]
+    starts = range(0, n_words, 11)
+    return " ".join(" ".join(words[start : start + 11]).capitalize() + "." for start in starts)
 
 
 ReplyFunction = Callable[[dict[str, Any], int], Reply]
@@ -86,6 +109,38 @@ def reset() -> Reply:
     return Reply(b"", sent=0.0)
 
 
+def hang() -> Reply:
+    """No answer within any time-out of a test."""
+    return Reply(b"", seconds=600.0)
+
+
+# What goes wrong with real servers -> the reply, and the reason that a request must end with where it never
+# goes right. Every text says LEAK: it must not be found in an output.
+FAULTS: dict[str, tuple[Callable[[], Reply], str]] = {
+    "429": (lambda: error(429, "LEAK slow down", code="rate_limit_exceeded", retry_after_ms="40"), "rate_limit"),
+    "500": (lambda: error(500, "LEAK internal error"), "http_500"),
+    "503": (lambda: Reply(b"<html>LEAK busy</html>", 503, {"content-type": "text/html"}), "http_503"),
+    "hang": (hang, "timeout"),
+    "reset": (reset, "broken_connection"),
+    "half body": (lambda: Reply(_json(message("LEAK half of this is lost")), sent=0.5), "broken_connection"),
+    "invalid json": (lambda: Reply(b'{"id": "LEAK", "choices": [{"index": 0, "mess'), "invalid_body"),
+    "error in 200": (lambda: error_in_200(502, "LEAK upstream failed"), "http_502"),
+    "null content": (lambda: answer(None), "empty_answer"),
+    "empty content": (lambda: answer(" \n"), "empty_answer"),
+    "content filter": (lambda: answer("LEAK half a sentence", "content_filter"), "content_filter"),
+    "length": (lambda: answer("LEAK cut off at the lim", "length"), "cut_off"),
+}
+
+
+def choose_fault(body: dict[str, Any], attempt: int, *, share: float, cursed_share: float = 0.0) -> str | None:
+    """A fault for this attempt or none, by the body's hash: ``cursed_share`` of the bodies get the same one always."""
+    draw = random.Random(json.dumps(body, sort_keys=True))
+    if draw.random() < cursed_share:
+        return draw.choice(list(FAULTS))
+    draw = random.Random(f"{attempt}{json.dumps(body, sort_keys=True)}")
+    return draw.choice(list(FAULTS)) if draw.random() < share else None
+
+
 class ChatServer:
     """The server, for a ``with`` block.
 
@@ -96,16 +151,17 @@ class ChatServer:
         authorizations: The Authorization headers seen.
     """
 
-    def __init__(self, reply: ReplyFunction) -> None:
+    def __init__(self, reply: ReplyFunction, *, port: int = 0) -> None:
         self._reply = reply
         self._lock = threading.Lock()
         self._attempts: Counter[str] = Counter()
         self._in_flight = 0
+        self._closing = threading.Event()
         self.requests: list[dict[str, Any]] = []
         self.arrivals: list[float] = []
         self.authorizations: set[str] = set()
         self.max_in_flight = 0
-        self._server = _Server(("127.0.0.1", 0), self._handler_class())
+        self._server = _Server(("127.0.0.1", port), self._handler_class())
         self.base_url = f"http://127.0.0.1:{self._server.server_port}/v1"
 
     def __enter__(self) -> ChatServer:
@@ -115,6 +171,7 @@ class ChatServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._closing.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -146,7 +203,7 @@ class ChatServer:
                     reply = (
                         owner._reply(body, attempt) if self.path == "/v1/chat/completions" else error(404, "no path")
                     )
-                    time.sleep(reply.seconds)
+                    owner._closing.wait(reply.seconds)
                 finally:
                     owner._leave()  # before the bytes: they may bring the next request at once
                 self._send(reply)
@@ -177,6 +234,7 @@ class ChatServer:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 512  # the default of 5 drops connections that come at once
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A reset connection and a killed client are what these tests are about: no traceback for them."""

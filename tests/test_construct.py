@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import signal
@@ -13,11 +12,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from chat_server import ChatServer, Reply, answer, error, half_body
+from construct_rows import KEY, MULTI_TURN, flags, read_rows, sample_rows, words, write_rows, write_well
 
 from codes.common.biases import INJECTABLE
 from codes.common.errors import ContrastRMError
@@ -34,57 +33,11 @@ from codes.construct.build_prompt import (
     build_wrong_answer,
     word_limit,
 )
-from codes.construct.gates import answer_defect, nearly_equal, question_defect
-from codes.construct.verify_correctness import parse_verdict
+from codes.construct.template import TEMPLATE_VERSION
 
-KEY = "sk-test-0123456789abcdef0123456789"
 REPO_ROOT = Path(__file__).resolve().parents[1]
-RIGHT = "This one is right."
 # Seconds to wait for a subprocess on a machine whose cores are busy with something else.
 PATIENCE = 120.0
-MULTI_TURN = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "Which planet is the largest?"},
-    {"role": "assistant", "content": "Jupiter."},
-    {"role": "user", "content": "And the smallest {one}?"},
-]
-
-
-def words(seed: str, n: int = 30) -> str:
-    """Text without meaning that depends on the seed alone."""
-    digest = hashlib.sha256(seed.encode()).hexdigest()
-    return " ".join(hashlib.sha256(f"{digest}{position}".encode()).hexdigest()[:5] for position in range(n))
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def sample_rows(n: int) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for number in range(n):
-        row = {
-            "id": f"r{number}",
-            "chosen": f"{RIGHT} {words(f'c{number}')}",
-            "rejected": [words(f"r{number}")],
-        }
-        prompt = {"messages": MULTI_TURN} if number == 1 else {"question": f"What about {number} {{x}}?"}
-        rows.append(row | prompt | {"source": "test", "note": {"kept": number}})
-    return rows
-
-
-def write_well(body: dict[str, Any], attempt: int) -> Reply:
-    """A flawless model: writers get text of their own, the judge names the right answer."""
-    text = body["messages"][-1]["content"]
-    if "<answer letter=" in text:
-        letter = text[: text.index(RIGHT)].rsplit('<answer letter="', 1)[1][0]
-        return answer(f"Best: {letter}")
-    return answer(words(text, 80))
 
 
 @pytest.fixture(autouse=True)
@@ -121,19 +74,6 @@ def start() -> Iterator[Start]:
             child.communicate()
 
 
-def flags(server: ChatServer, tmp_path: Path, source: str, target: str, **more: object) -> list[str]:
-    settings = {
-        "input_file": tmp_path / source,
-        "output_file": tmp_path / target,
-        "work_dir": tmp_path / "work",
-        "api_model": "test-model",
-        "api_base_url": server.base_url,
-        "max_attempts": 2,
-        **more,
-    }
-    return [item for name, value in settings.items() for item in (f"--{name}", str(value))]
-
-
 # --- prompts
 # ---------------------------------------------------------------------------------------------------------
 
@@ -143,7 +83,7 @@ def test_every_injectable_bias_has_an_instruction_of_its_own() -> None:
     assert len(set(CUE_INSTRUCTIONS.values())) == len(INJECTABLE)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["wrong_answer", "rewrite_rejected"])
 @pytest.mark.parametrize("bias", INJECTABLE)
 def test_a_writer_prompt_holds_conversation_cue_and_source(bias: str, strategy: str) -> None:
     flawed = "a {flawed} answer"
@@ -166,7 +106,7 @@ def test_edited_prompts_get_a_new_version() -> None:
     ]
     digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
     # Raise PROMPT_VERSION together with the digest: answers to the old texts are in ledgers and data sets.
-    assert (PROMPT_VERSION, digest) == ("2", "973619719750a2dd")
+    assert (PROMPT_VERSION, digest) == ("3", "c711a705f6afc3c7")
 
 
 def test_writers_with_little_room_are_told_so() -> None:
@@ -186,8 +126,9 @@ def test_a_bias_that_cannot_be_injected_is_refused(bias: str) -> None:
 
 
 def test_the_judge_sees_letters_and_candidates_and_nothing_else() -> None:
-    text = build_judge(MULTI_TURN, ["one", "two", "three"])[1]["content"]
-    assert '<answer letter="B">\ntwo\n</answer>' in text and "A, B and C" in text
+    [turn] = build_judge(MULTI_TURN, ["one", "two", "three"])
+    assert '<answer letter="B">\ntwo\n</answer>' in turn["content"] and "A, B or C" in turn["content"]
+    assert turn["role"] == "user" and turn["content"].endswith("\nBest:")
     with pytest.raises(ContrastRMError, match="27"):
         build_judge(MULTI_TURN, ["x"] * 27)
 
@@ -198,145 +139,30 @@ def test_the_similar_request_takes_the_place_of_the_last_turn() -> None:
     assert prompt == [*MULTI_TURN[:-1], {"role": "user", "content": "And the hottest?"}]
 
 
-# --- gates
-# -----------------------------------------------------------------------------------------------------------
-
-GOOD = "The capital of Australia is Sydney, which has been the seat of government since 1901."
-
-
-@pytest.mark.parametrize(
-    ("text", "defect"),
-    [
-        (GOOD, None),
-        ("Sure, boil the egg for two minutes and it will be hard.", None),
-        ("Here is how to boil an egg: drop it into cold water.", None),
-        ("Of course! Sydney is the capital, and a lovely one.", None),
-        ("I'm sorry to hear that your plant is dying. Water it twice a day.", None),
-        ("The original version of the song was recorded in 1971.", None),
-        ("", "empty"),
-        ("***", "empty"),
-        ("Sure, here is the rewritten answer:\n\nSydney.", "preamble"),
-        ("Sure! Here\u2019s the revised response: Sydney.", "preamble"),
-        ("Here is a rewritten version of the flawed answer.\n\nSydney.", "preamble"),
-        ("Okay, I will rewrite the response in a warmer tone. Sydney.", "preamble"),
-        ("**Rewritten answer:** Sydney is the capital.", "preamble"),
-        ("Rewritten Answer\n\nSydney is the capital.", "preamble"),
-        ("Sydney is the capital.\n\nNote: I kept the errors of the original answer.", "preamble"),
-        ("Sydney is the capital.\n\n(This response is intentionally incorrect.)", "preamble"),
-        ("I'm sorry, but I can't help with that.", "refusal"),
-        ("I cannot assist with this request.", "refusal"),
-        ("As an AI language model, I don't have opinions.", "refusal"),
-        ("<think>The user wants a wrong answer.</think> Sydney.", "reasoning_leak"),
-        ("Sydney is the capital.<|im_end|>", "reasoning_leak"),
-        ("word " * 5000, "too_long"),
-    ],
-)
-def test_a_text_is_judged_by_its_form(text: str, defect: str | None) -> None:
-    assert answer_defect(text) == defect
-
-
-def test_a_copy_is_caught_whatever_its_layout() -> None:
-    chosen = words("chosen", 60)
-    one_word_less = chosen.rsplit(" ", 1)[0]
-    assert answer_defect(f"**{chosen.upper()}!**", chosen=chosen) == "same_as_chosen"
-    assert answer_defect(one_word_less, chosen=chosen) == "same_as_chosen"
-    assert answer_defect(chosen, chosen="else", others=["other", one_word_less]) == "same_as_rejected"
-    assert answer_defect(words("another", 60), chosen=chosen, others=[words("third", 60)]) is None
-    assert not nearly_equal("The capital is Canberra.", "The capital is Sydney.")
-
-
-def test_a_rewrite_is_measured_against_its_source() -> None:
-    source = words("source", 60)
-    refusal = "I'm sorry, but I can't help with that. " + words("why", 10)
-    assert answer_defect("Sydney.", rewritten_from=source) == "too_short"
-    assert answer_defect(words("new", 60), rewritten_from=source, bias="length") == "cue_missing"
-    assert answer_defect(words("new", 120), rewritten_from=source, bias="length") is None
-    assert answer_defect(refusal, rewritten_from="Unfortunately I cannot help you with that request, sorry.") is None
-    # Ornament may leave every word as it is.
-    assert (
-        answer_defect(f"## Answer\n**{source}** \U0001f31f", others=[source], rewritten_from=source, bias="beauty")
-        is None
-    )
-    assert answer_defect(source, others=[source], rewritten_from=source, bias="beauty") == "same_as_rejected"
-
-
-def test_a_similar_request_must_differ() -> None:
-    assert (
-        question_defect("What is the  capital of AUSTRALIA", original="What is the capital of Australia?") is not None
-    )
-    assert (
-        question_defect("What is the largest city of Australia?", original="What is the capital of Australia?") is None
-    )
-
-
-# --- the verdict
-# -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "position"),
-    [
-        ("Best: B", 1),
-        ("best: b", 1),
-        ("**Best: C**", 2),
-        ("Best: **C**.", 2),
-        ("Best: (A)", 0),
-        ("Best answer: <B>", 1),
-        ("Both are fair.\n\nBest: A", 0),
-        ("B", 1),
-        (" C. ", 2),
-        ("A good answer should be short.", None),
-        ("All answers are wrong, but B is better.", None),
-        ("Best: A or B", None),
-        ("Best: A\nBest: B", None),
-        ("Best: D", None),
-        ("Best: <letter>", None),
-        ("Best: None", None),
-        ("D", None),
-        ("a", None),
-        ("", None),
-        ("The best: B is the best.", None),
-    ],
-)
-def test_a_verdict_is_read_strictly(text: str, position: int | None) -> None:
-    assert parse_verdict(text, 3) == position
-
-
-def test_a_cut_off_line_is_no_verdict() -> None:
-    assert parse_verdict("Best: A", 3, cut_off=True) is None
-    assert parse_verdict("Best: B\nBecause it", 3, cut_off=True) == 1
-
-
 # --- the steps
 # -------------------------------------------------------------------------------------------------------
 
 
-def test_the_choice_of_biases_depends_on_seed_and_id_alone_and_is_balanced() -> None:
-    drawn = [gptout.choose_biases(f"id{number}", INJECTABLE, 2, 42) for number in range(700)]
-    assert drawn == [gptout.choose_biases(f"id{number}", INJECTABLE, 2, 42) for number in range(700)]
-    assert drawn != [gptout.choose_biases(f"id{number}", INJECTABLE, 2, 43) for number in range(700)]
-    assert all(len(set(biases)) == 2 for biases in drawn)
-    counts = Counter(bias for biases in drawn for bias in biases)
-    assert set(counts) == set(INJECTABLE) and all(150 <= count <= 250 for count in counts.values())
-
-
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_injections_are_appended_with_their_origin(strategy: str, tmp_path: Path) -> None:
+    is_template = strategy == "template"
     rows = sample_rows(6)
     write_rows(tmp_path / "in.jsonl", rows)
     with ChatServer(write_well) as server:
         assert gptout.main(flags(server, tmp_path, "in.jsonl", "out.jsonl", strategy=strategy)) == 0
+    assert len(server.requests) == (0 if is_template else 12)
     written = read_rows(tmp_path / "out.jsonl")
     assert [row["id"] for row in written] == [row["id"] for row in rows]
     assert written[1]["messages"] == MULTI_TURN and "question" not in written[1]
-    for before, after in zip(rows, written, strict=True):
+    for before, after, dealt in zip(rows, written, gptout.deal_biases(INJECTABLE, 2, 42), strict=False):
         assert after["rejected"][0] == before["rejected"][0] and after["note"] == before["note"]
-        assert after["bias_type"] == [None, *gptout.choose_biases(after["id"], INJECTABLE, 2, 42)]
+        assert after["bias_type"] == [None, *dealt]
         for injection in after["injections"]:
             assert injection["bias"] == after["bias_type"][injection["index"]]
-            assert injection["strategy"] == strategy and injection["model"] == "test-model"
-            assert injection["seed"] == 42 and injection["prompt_version"]
-            assert injection.get("source_index") == (0 if strategy == "rewrite_rejected" else None)
+            assert injection["strategy"] == strategy and injection["seed"] == 42
+            assert injection["model"] == (None if is_template else "test-model")
+            assert injection["prompt_version"] == (TEMPLATE_VERSION if is_template else PROMPT_VERSION)
+            assert injection.get("source_index") == (None if strategy == "wrong_answer" else 0)
     read_preference_file(tmp_path / "out.jsonl")
 
 
@@ -366,7 +192,8 @@ def test_nothing_faulty_becomes_data(tmp_path: Path, capsys: pytest.CaptureFixtu
     rows[3]["rejected"] = []  # nothing is left of this one: it is lost, and counted
     write_rows(tmp_path / "in.jsonl", rows)
     with ChatServer(faulty) as server:
-        assert gptout.main(flags(server, tmp_path, "in.jsonl", "out.jsonl", max_new_tokens=64)) == 0
+        # 3: requests without an answer leave rows missing, and everything else is written.
+        assert gptout.main(flags(server, tmp_path, "in.jsonl", "out.jsonl", max_new_tokens=64)) == 3
         judged = flags(server, tmp_path, "out.jsonl", "judged.jsonl", train_file=tmp_path / "train.jsonl")
         assert verify_correctness.main(judged) == 0
     written = read_rows(tmp_path / "out.jsonl")
@@ -411,9 +238,14 @@ def test_a_repeated_run_asks_only_what_failed_and_counts_nothing_twice(tmp_path:
     first = (tmp_path / "work" / "failed.jsonl").read_text()
     with ChatServer(write_well) as server:
         gptout.main(flags(server, tmp_path, "in.jsonl", "out.jsonl", max_new_tokens=64))
-    # 500, null content, 400, half a body, content filter, refusal by field; the other faults were answers.
-    assert len(server.requests) == 12
-    assert len(read_rows(tmp_path / "work" / "failed.jsonl")) == 6 < len(first.splitlines())
+    # 500 and half a body may pass; what no attempt can mend is asked again on demand alone.
+    assert len(server.requests) == 4
+    assert len(read_rows(tmp_path / "work" / "failed.jsonl")) == 14 < len(first.splitlines())
+    with ChatServer(write_well) as server:
+        gptout.main([*flags(server, tmp_path, "in.jsonl", "out.jsonl", max_new_tokens=64), "--retry_failed"])
+    # Null content, 400, content filter, refusal by field, and what the token limit cut.
+    assert len(server.requests) == 10
+    assert len(read_rows(tmp_path / "work" / "failed.jsonl")) == 4
 
 
 def test_gptinst_adds_the_answer_to_another_question(tmp_path: Path) -> None:
@@ -424,17 +256,21 @@ def test_gptinst_adds_the_answer_to_another_question(tmp_path: Path) -> None:
         text = body["messages"][-1]["content"]
         if "What about 2 " in text:
             return answer("What about 2 {x}?")  # the same request again
-        return answer(words(text, 12 if "<conversation>" in text else 40))
+        if "What about 3 " in text:
+            return answer("Sure, here is a new request: why?")
+        if "<conversation>" in text:
+            return answer(f"And which planet is the {words(text, 2)} one?")
+        return answer(words(text, 40))
 
     with ChatServer(respond) as server:
         assert gptinst.main(flags(server, tmp_path, "in.jsonl", "out.jsonl")) == 0
     written = read_rows(tmp_path / "out.jsonl")
-    assert [len(row["rejected"]) for row in written] == [2, 2, 1, 2]
+    assert [len(row["rejected"]) for row in written] == [2, 2, 1, 1]
     assert written[0]["bias_type"] == [None, None] and "similar_question" not in written[2]
     assert written[0]["injections"][0] | {"model": ""} == {
         "index": 1,
         "bias": None,
-        "strategy": "gptinst",
+        "strategy": "similar_question",
         "model": "",
         "prompt_version": gptinst.PROMPT_VERSION,
         "seed": 42,
@@ -442,62 +278,10 @@ def test_gptinst_adds_the_answer_to_another_question(tmp_path: Path) -> None:
     asked = [body["messages"] for body in server.requests if len(body["messages"]) == 4]
     assert asked == [[*MULTI_TURN[:-1], {"role": "user", "content": written[1]["similar_question"]}]]
     failed = read_rows(tmp_path / "work" / "failed.jsonl")
-    assert [(row["id"], row["reason"]) for row in failed] == [("r2", "same_as_question")]
-
-
-def judge_flags(server: ChatServer, tmp_path: Path, **more: object) -> list[str]:
-    return flags(server, tmp_path, "in.jsonl", "judged.jsonl", train_file=tmp_path / "train.jsonl", **more)
-
-
-def judge_badly(body: dict[str, Any], attempt: int) -> Reply:
-    """Record 0 is judged rightly, record 2 gets no verdict; elsewhere the answer shown first wins."""
-    text = body["messages"][-1]["content"]
-    if "What about 0 " in text:
-        return write_well(body, attempt)
-    return answer("A hard choice, really." if "What about 2 " in text else "Best: A")
-
-
-@pytest.mark.parametrize("verify_filter", ["on", "off", "auto", "auto embedded"])
-def test_the_filter_keeps_what_it_says(
-    verify_filter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows = sample_rows(20)
-    for row in rows:
-        row |= {"rejected": [*row["rejected"], words(f"b{row['id']}")], "bias_type": [None, "length"]}
-    write_rows(tmp_path / "in.jsonl", rows)
-    if verify_filter.endswith("embedded"):
-        monkeypatch.setenv(api.EMBEDDED_SERVER_VARIABLE, "1")
-    with ChatServer(judge_badly) as server:
-        assert verify_correctness.main(judge_flags(server, tmp_path, verify_filter=verify_filter.split()[0])) == 0
-    judged, train = read_rows(tmp_path / "judged.jsonl"), read_rows(tmp_path / "train.jsonl")
-    verdicts = Counter(row["verify_correctness"] for row in judged)
-    assert judged[0]["verify_correctness"] == "CHOSEN_IS_BEST" and judged[2]["verify_correctness"] == "FAILED"
-    assert verdicts["CHOSEN_IS_BEST"] > 1 and verdicts["CHOSEN_NOT_BEST"] > 1 and verdicts["FAILED"] == 1
-    is_on = verify_filter in ("on", "auto")
-    assert train == [row for row in judged if not is_on or row["verify_correctness"] == "CHOSEN_IS_BEST"]
-    section = json.loads((tmp_path / "work" / "construction_report.json").read_text())["verify_correctness"]
-    picked = section["picked_over_chosen"]
-    assert picked["length"]["total"] == picked["not injected"]["total"] == 19
-    assert picked["length"]["count"] + picked["not injected"]["count"] == verdicts["CHOSEN_NOT_BEST"]
-    assert section["position_a"]["count"] >= 18 and section["position_a"]["expected_rate"] == pytest.approx(1 / 3)
-    printed = capsys.readouterr().out
-    assert "CHOSEN_NOT_BEST" in printed and "position A" in printed
-
-
-def test_the_order_of_candidates_is_shuffled_by_id() -> None:
-    orders = {verify_correctness.shown_order(f"id{number}", 3, 42) for number in range(100)}
-    assert len(orders) == 6
-    assert verify_correctness.shown_order("id1", 3, 42) == verify_correctness.shown_order("id1", 3, 42)
-
-
-def test_an_empty_training_set_is_an_error(tmp_path: Path) -> None:
-    write_rows(tmp_path / "in.jsonl", sample_rows(3))
-    (tmp_path / "train.jsonl").write_text("of an earlier run")
-    with ChatServer(lambda body, attempt: answer("Hard to say.")) as server:
-        with pytest.raises(ContrastRMError, match="nothing to train on"):
-            verify_correctness.main(judge_flags(server, tmp_path))
-    assert {row["verify_correctness"] for row in read_rows(tmp_path / "judged.jsonl")} == {"FAILED"}
-    assert (tmp_path / "train.jsonl").read_text() == "of an earlier run"
+    assert [(row["id"], row["reason"]) for row in failed] == [("r2", "same_as_question"), ("r3", "preamble")]
+    section = json.loads((tmp_path / "work" / "construction_report.json").read_text())["gptinst"]
+    assert (section["n_planned"], section["n_questions"], section["n_added"]) == (4, 2, 2)
+    assert section["n_requests"] == 4 + 2
 
 
 @pytest.mark.parametrize("missing", ["OPENAI_API_KEY", "API_MODEL"])
@@ -654,125 +438,18 @@ def test_a_server_that_does_not_start_is_reported_with_its_log(tmp_path: Path, s
     assert output.startswith("error: ") and "Traceback" not in output
 
 
+def test_a_server_that_dies_under_the_run_stops_it(tmp_path: Path, start: Start) -> None:
+    script = STAND_IN.replace(
+        "http.server.HTTPServer(", "import threading\nthreading.Timer(3.0, die).start()\nhttp.server.HTTPServer("
+    )
+    script = "def die():\n    print('out of memory', flush=True)\n    os._exit(9)\n" + script
+    command = [sys.executable, "-c", f"import time; time.sleep({PATIENCE})"]
+    supervisor = start_supervisor(start, tmp_path, script, *command)
+    output, _ = supervisor.communicate(timeout=PATIENCE / 2)
+    assert supervisor.returncode == 2 and "ended with code 9" in output and "out of memory" in output
+    assert "Traceback" not in output
+
+
 def test_the_embedded_server_needs_a_command() -> None:
     with pytest.raises(ContrastRMError, match="after --"):
         embedded_server.main(["--model_path", "embedded"])
-
-
-# --- the loader of the public sets
-# -----------------------------------------------------------------------------------
-
-
-def load_fetch_public() -> ModuleType:
-    path = REPO_ROOT / "data" / "train-unified-feedback" / "fetch_public.py"
-    spec = importlib.util.spec_from_file_location("fetch_public", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def hub_conversation(*contents: str) -> list[dict[str, str]]:
-    return [{"role": ("user", "assistant")[position % 2], "content": text} for position, text in enumerate(contents)]
-
-
-UNIFIED_ROW = {
-    "id": 1,
-    "source": "openai/summarize",
-    "conv_A": hub_conversation("Name a prime.", "Nine."),
-    "conv_B": hub_conversation("Name a prime.", "Seven."),
-    "conv_A_rating": 0.0,
-    "conv_B_rating": 1.0,
-}
-GRAM_ROW = {
-    "instruction": (
-        "Judge the two.\n[User Question]\nName a\nprime.\n\n[The Start of Assistant A's Answer]\nSeven.\n"
-        "[The End of Assistant A's Answer]\n\n[The Start of Assistant B's Answer]\nNine.\n[The End of "
-        "Assistant B's Answer]\n#Preferred:"
-    ),
-    "output": "A",
-}
-
-
-def test_public_rows_become_records_that_our_reader_takes(tmp_path: Path) -> None:
-    fetch = load_fetch_public()
-    later = {**UNIFIED_ROW, "conv_A": hub_conversation("Hi", "Hello", "A prime?", "2"), "conv_A_rating": 2.0}
-    later["conv_B"] = hub_conversation("Hi", "Hello", "A prime?", "4")
-    cases = {"unified-feedback": [UNIFIED_ROW, later], "gram": [GRAM_ROW, {**GRAM_ROW, "output": "B"}]}
-    for name, rows in cases.items():
-        # Through the loader that the hub's files go through.
-        hub_file = write_rows(tmp_path / f"{name}-hub.jsonl", rows)
-        import datasets
-
-        loaded = datasets.load_dataset(
-            "json", data_files=str(hub_file), split="train", cache_dir=str(tmp_path / "cache")
-        )
-        source = fetch.SOURCES[name]
-        parsed = fetch.parse_rows(loaded, source)
-        meta_file = fetch.write_records(parsed, tmp_path / f"{name}.jsonl", source, revision="abc123")
-        records, report = read_preference_file(tmp_path / f"{name}.jsonl")
-        assert report.n_good == 2 and not parsed.skipped
-        assert json.loads(meta_file.read_text())["revision"] == "abc123"
-        if name == "gram":
-            assert [(record.question, record.chosen) for record in records] == [
-                ("Name a\nprime.", "Seven."),
-                ("Name a\nprime.", "Nine."),
-            ]
-        else:
-            assert (records[0].chosen, records[0].rejected) == ("Seven.", ["Nine."])
-            assert (
-                len(records[1].messages) == 3 and records[1].chosen == "2" and records[1].source == "openai/summarize"
-            )
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "reason"),
-    [
-        ("unified-feedback", {"conv_A_rating": 1.0}, "equal_ratings"),
-        ("unified-feedback", {"conv_A_rating": None}, "no_rating"),
-        ("unified-feedback", {"conv_A_rating": float("nan")}, "no_rating"),
-        ("unified-feedback", {"conv_A": hub_conversation("Name a number.", "Nine.")}, "prompts_differ"),
-        ("unified-feedback", {"conv_A": hub_conversation("Name a prime.", "Seven. ")}, "equal_answers"),
-        ("unified-feedback", {"conv_A": hub_conversation("Name a prime.", " ")}, "empty_answer"),
-        ("unified-feedback", {"conv_A": hub_conversation("Name a prime.")}, "no_conversation"),
-        ("unified-feedback", {"conv_A": [{"role": "tool", "content": "x"}] * 2}, "malformed_turn"),
-        ("unified-feedback", {"conv_A": hub_conversation("a", "b", "c")}, "does_not_end_with_an_answer"),
-        ("unified-feedback", {}, "duplicate"),
-        ("gram", {"output": "C"}, "no_label"),
-        ("gram", {"output": None}, "no_label"),
-        ("gram", {"instruction": "Judge."}, "markers_missing"),
-        ("gram", {"instruction": GRAM_ROW["instruction"] + "[User Question]"}, "markers_repeated"),
-        ("gram", {"instruction": 7}, "no_instruction"),
-    ],
-)
-def test_a_public_row_that_is_no_pair_is_counted(name: str, change: dict[str, Any], reason: str) -> None:
-    fetch = load_fetch_public()
-    good = UNIFIED_ROW if name == "unified-feedback" else GRAM_ROW
-    parsed = fetch.parse_rows([good, {**good, **change}], fetch.SOURCES[name])
-    assert len(parsed.records) == 1 and dict(parsed.skipped) == {reason: 1}
-
-
-def test_a_changed_schema_and_an_unreachable_hub_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fetch = load_fetch_public()
-    with pytest.raises(ContrastRMError, match="no field output; found instruction, label"):
-        fetch.parse_rows([{"instruction": "x", "label": "A"}], fetch.SOURCES["gram"])
-    with pytest.raises(ContrastRMError, match="none of 1 rows can be used \\(no_label 1\\)"):
-        source = fetch.SOURCES["gram"]
-        fetch.write_records(
-            fetch.parse_rows([{**GRAM_ROW, "output": ""}], source), tmp_path / "x", source, revision="r"
-        )
-    code = "from huggingface_hub import constants; print(constants.HF_HUB_OFFLINE)"
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPO_ROOT)}
-    assert (
-        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout == "True\n"
-    )
-    script = REPO_ROOT / "data" / "train-unified-feedback" / "fetch_public.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--dataset", "gram", "--output_file", str(tmp_path / "gram.jsonl")],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and "cannot load NiuTrans/GRAM-fine-tuning-65k" in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr and not (tmp_path / "gram.jsonl").exists()

@@ -22,8 +22,8 @@ ALLOWED = {
     "evaluate": ("codes.common", "codes.train.reward_model"),
 }
 SCRIPT_FOLDERS = ("data", "scripts", "benchmarks")
-# The benchmarks are a package of their own: its modules, and the test of it, import each other. Nothing else imports them.
-BENCHMARKS_TEST = "tests.test_benchmarks"
+# The benchmarks are a package of their own: its modules, and the tests of it, import each other. Nothing else imports them.
+BENCHMARKS_TESTS = ("tests.test_benchmarks", "tests.test_benchmark_sharing")
 
 
 def python_files(*folders: str) -> list[Path]:
@@ -65,7 +65,7 @@ def script_imports(source: str, module: str, script_names: set[str]) -> list[str
         name
         for name in imported_names(source, module)
         if (name.split(".")[0] in SCRIPT_FOLDERS or name.split(".")[0] in script_names)
-        and not (is_within(name, "benchmarks") and (is_within(module, "benchmarks") or module == BENCHMARKS_TEST))
+        and not (is_within(name, "benchmarks") and (is_within(module, "benchmarks") or module in BENCHMARKS_TESTS))
     ]
 
 

@@ -123,6 +123,14 @@ VARIANTS = [
         "run_construction",
         {"STRATEGY": "rewrite_rejected", "BIAS_TYPES": "length,beauty", "VERIFY_FILTER": "off"},
     ),
+    ("run_construction", {"STRATEGY": "template"}),
+    ("run_construction", {"STRATEGY": "template", "JUDGE_MODEL": "m", "DROP_BAD_NEGATIVES": "1", "ORDERS": "3"}),
+    (
+        "run_construction",
+        {"MAX_COST": "3", "PRICE_IN": "1", "PRICE_OUT": "2", "MAX_REQUESTS": "9", "MAX_TOKENS_BUDGET": "99"},
+    ),
+    ("run_construction", {"ESTIMATE": "1", "USE_GPTINST": "1", "API_MODEL": "m", "RETRY_FAILED": "1"}),
+    ("run_construction", {"ESTIMATE": "1", "GENERATOR": "embedded"}),
     ("run_training", {}),
     ("run_training", {"MODE": "pairwise", "NEGATIVES": "original"}),
     ("run_training", {"NUM_PROCESSES": "2"}),
@@ -193,7 +201,15 @@ def knobs_of(name: str) -> dict[str, str]:
 
 
 # Knobs that choose between commands, and values that they allow.
-CHOICES = {"GENERATOR": "embedded", "USE_GPTINST": "1", "NUM_PROCESSES": "3", "DEEPSPEED_CONFIG": "none"}
+CHOICES = {
+    "GENERATOR": "embedded",
+    "USE_GPTINST": "1",
+    "NUM_PROCESSES": "3",
+    "DEEPSPEED_CONFIG": "none",
+    "DROP_BAD_NEGATIVES": "1",
+    "ESTIMATE": "1",
+    "RETRY_FAILED": "1",
+}
 
 
 def other_values(name: str, environment: dict[str, str]) -> dict[str, str]:
@@ -337,7 +353,7 @@ def test_run_all_runs_every_stage_in_order(environment: dict[str, str]) -> None:
     stages = [re.search(r"codes\.\w+\.(\w+)", line).group(1) for line in recorded(environment)]  # type: ignore[union-attr]
     evaluations = ["eval_rm", "eval_reward_bench"] * 2
     training = ["train_reward_model"] * 2
-    construction = ["embedded_server", "gptout", "verify_correctness"]
+    construction = ["embedded_server", "gptout", "verify_correctness", "report"]
     assert stages == [*construction, *training, *evaluations, "compare_models"]
     assert "finished" in done.stdout.splitlines()[-1]
     assert "compare_models results/folder-of-contrastive results/folder-of-pairwise" in recorded(environment)[-1]
@@ -353,7 +369,7 @@ def test_the_embedded_server_decides_on_model_and_address(environment: dict[str,
     }
     done = launch("run_construction", {**environment, **knobs}, "--seed", "9")
     assert done.returncode == 0, done.stderr
-    server, written, verified = recorded(environment)
+    server, written, verified, _report = recorded(environment)
     assert "codes.construct.embedded_server --model_path embedded --work_dir output/construct" in server
     assert server.endswith("-- bash run_construction.sh --seed 9")
     assert "--limit 3" in written

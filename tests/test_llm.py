@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import time
@@ -17,6 +18,7 @@ from codes.common.llm import (
     ApiError,
     Completion,
     CompletionRequest,
+    Engine,
     FatalApiError,
     Ledger,
     LlmClient,
@@ -28,6 +30,10 @@ from codes.common.llm import (
 )
 
 KEY = "sk-test-0123456789abcdef0123456789"
+
+
+def key_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def make_request(text: str = "hello", **more: object) -> CompletionRequest:
@@ -58,7 +64,7 @@ def ask(
     **more: object,
 ) -> list[Outcome]:
     with Ledger(tmp_path / "ledger.jsonl") as ledger:
-        return make_client(server, **more).complete_all(requests, concurrency=concurrency, ledger=ledger)
+        return list(Engine(make_client(server, **more), ledger, concurrency=concurrency).stream(requests))
 
 
 PASSING_FAULTS: dict[str, Callable[[], Reply]] = {
@@ -96,7 +102,9 @@ def test_a_fault_that_stays_becomes_an_error_object(fault: str, tmp_path: Path) 
     is_empty = fault in ("null content", "empty content")
     assert isinstance(outcomes[0], RowError if is_empty else RetriableError)
     assert len(server.requests) == (3 if is_empty else 4)
-    assert (tmp_path / "ledger.jsonl").read_text() == ""
+    recorded = (tmp_path / "ledger.jsonl").read_text()
+    assert ('"failed": "empty_answer", "attempts": 3' in recorded) if is_empty else recorded == ""
+    assert outcomes[0].attempts == len(server.requests)
 
 
 @pytest.mark.parametrize(
@@ -222,12 +230,12 @@ def test_the_key_of_a_request_follows_what_shapes_the_answer() -> None:
 def test_a_torn_last_line_is_cut_off(torn: str, tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     with Ledger(path) as ledger:
-        ledger.add("k", "m", Completion("text \u00e9 \u2028", "stop", 1, 2))
+        ledger.add(key_of("k"), "m", Completion("text \u00e9 \u2028", "stop", 1, 2))
     good = path.read_bytes()
     path.write_bytes(good + torn.encode())
     with Ledger(path) as ledger:
-        assert len(ledger) == 1 and ledger.get("k") == Completion("text \u00e9 \u2028", "stop", 1, 2)
-        ledger.add("l", "m", Completion("second", "stop", 1, 2))
+        assert len(ledger) == 1 and ledger.get(key_of("k")) == Completion("text \u00e9 \u2028", "stop", 1, 2)
+        ledger.add(key_of("l"), "m", Completion("second", "stop", 1, 2))
     assert path.read_bytes().startswith(good)
     with Ledger(path) as ledger:
         assert len(ledger) == 2
@@ -236,13 +244,13 @@ def test_a_torn_last_line_is_cut_off(torn: str, tmp_path: Path) -> None:
 def test_a_whole_last_line_without_its_line_feed_is_torn_too(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     with Ledger(path) as ledger:
-        ledger.add("k", "m", Completion("one", "stop", 1, 2))
-        ledger.add("l", "m", Completion("two", "stop", 1, 2))
+        ledger.add(key_of("k"), "m", Completion("one", "stop", 1, 2))
+        ledger.add(key_of("l"), "m", Completion("two", "stop", 1, 2))
     path.write_bytes(path.read_bytes()[:-1])
     with Ledger(path) as ledger:
-        ledger.add("n", "m", Completion("three", "stop", 1, 2))
+        ledger.add(key_of("n"), "m", Completion("three", "stop", 1, 2))
     with Ledger(path) as ledger:
-        assert ledger.get("n") is not None and ledger.get("k") is not None
+        assert ledger.get(key_of("n")) is not None and ledger.get(key_of("k")) is not None
 
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
@@ -257,7 +265,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
 def _hold_ledger(path: str, ready: multiprocessing.synchronize.Event) -> None:
     with Ledger(path):
         ready.set()
-        time.sleep(30)
+        time.sleep(300)
 
 
 def test_a_second_run_is_refused_and_a_killed_one_is_not_in_the_way(tmp_path: Path) -> None:
@@ -267,7 +275,7 @@ def test_a_second_run_is_refused_and_a_killed_one_is_not_in_the_way(tmp_path: Pa
     holder = context.Process(target=_hold_ledger, args=(str(path), ready))
     holder.start()
     try:
-        assert ready.wait(20)
+        assert ready.wait(120)
         with pytest.raises(ContrastRMError, match="another run is using"):
             Ledger(path)
     finally:

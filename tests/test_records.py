@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,12 @@ from codes.common.biases import BIASES, EVALUABLE, INJECTABLE, PAIRWISE, eval_fi
 from codes.common.errors import ContrastRMError, RecordError
 from codes.common.records import (
     PreferenceRecord,
+    check_preference_file,
     ensure_writable_folder,
     file_sha256,
     iter_jsonl,
+    iter_preference_file,
+    open_atomic,
     parse_preference_row,
     read_bias_file,
     read_preference_file,
@@ -27,9 +33,11 @@ from codes.common.records import (
     read_reward_bench_file,
     write_json,
     write_jsonl,
+    write_row,
     write_text,
 )
 
+REPO = Path(__file__).resolve().parents[1]
 WriteRows = Callable[[str, Sequence[Any]], Path]
 USER = {"role": "user", "content": "why?"}
 GOOD = {"question": "why?", "chosen": "because", "rejected": ["no"]}
@@ -544,3 +552,62 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
     path = tmp_path / "bom.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + b'{"question": "why?", "chosen": "so", "rejected": "no"}\n')
     assert read_preference_file(path)[0][0].question == "why?"
+
+
+# --- one by one ---------------------------------------------------------------------------------------------------------
+
+
+def streamed_rows() -> list[str]:
+    rows = [{"id": str(number), "question": "q", "chosen": "c", "rejected": ["r"]} for number in range(6)]
+    lines = [json.dumps(row) for row in rows]
+    lines[2] = "{"
+    lines[4] = lines[1]  # an id that occurs twice
+    return lines
+
+
+def test_a_checked_file_streams_its_good_rows_again_and_again(write_rows: WriteRows) -> None:
+    path = write_rows("rows.jsonl", streamed_rows())
+    seen: list[str] = []
+    checked = check_preference_file(path, max_bad_rows=2, see=lambda record: seen.append(record.id))
+    assert seen == ["0", "1", "3", "5"] == [record.id for record in checked] == [record.id for record in checked]
+    assert (len(checked), checked.report.n_rows, checked.report.n_good) == (4, 6, 4)
+    assert checked.bad_lines == {3, 5} and len(checked.report.bad) == 2
+    whole, report = read_preference_file(path, max_bad_rows=2)
+    assert list(checked) == whole and report.n_good == 4
+    # Nothing after the last record inside the limit is looked at.
+    assert [record.id for record in check_preference_file(path, limit=2)] == ["0", "1"]
+    for allowed, where in ((0, "3"), (1, "5")):
+        with pytest.raises(ContrastRMError, match=rf"rows\.jsonl:{where}:"):
+            check_preference_file(path, max_bad_rows=allowed)
+    with pytest.raises(ContrastRMError, match="no usable row"):
+        check_preference_file(write_rows("none.jsonl", ["{"]), max_bad_rows=1)
+    with pytest.raises(RecordError, match=":3:"):
+        list(iter_preference_file(path))
+
+
+def test_a_file_written_bit_by_bit_appears_at_the_end_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "rows.jsonl"
+    with open_atomic(path) as handle:
+        write_row(handle, {"a": "é"})
+        assert not path.exists()
+        write_row(handle, [1])
+    assert path.read_text(encoding="utf-8") == '{"a": "é"}\n[1]\n'
+    with pytest.raises(KeyboardInterrupt), open_atomic(path) as handle:
+        write_row(handle, "half")
+        raise KeyboardInterrupt
+    assert [file.name for file in path.parent.iterdir()] == ["rows.jsonl"] and path.read_text().endswith("[1]\n")
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    # A limit on the file size stands for the full disk: both come as an OSError of a write.
+    code = """
+import resource, sys
+from codes.common.records import write_jsonl
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+from codes.common.cli import run
+run(lambda argv: write_jsonl(sys.argv[1], ({"text": "x" * 999} for _ in range(50))) or 0)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "rows.jsonl")]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: cannot write"), done.stderr
+    assert list(tmp_path.iterdir()) == []

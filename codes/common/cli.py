@@ -9,6 +9,8 @@ from typing import NoReturn
 from codes.common.errors import ContrastRMError
 
 EXIT_USER_ERROR = 2
+# Everything was written, but rows are missing because requests failed: the same command asks again.
+EXIT_ROWS_MISSING = 3
 EXIT_INTERRUPTED = 130
 
 

@@ -1,10 +1,12 @@
 """The one client for OpenAI-compatible chat completions: one retry loop, typed errors, a resumable ledger.
 
-Reads the ledger (JSONL) where it exists; appends every finished
-answer to the ledger. Nothing here prints a key, and an error is never returned as text. Used by the construct
-steps, for example
+Reads the ledger (JSONL) where it exists; appends every finished request to it. Nothing here prints a key, and
+an error is never returned as text. Used by the construct steps, for example
 ``python -m codes.construct.gptout --input_file data/train/own_pairs.jsonl --output_file
 output/construct/injected.jsonl``.
+
+``LlmClient`` speaks HTTP. ``Engine`` runs it on an event loop in a thread of its own, so that slow work of the
+caller holds up no call; its streams take requests lazily and give outcomes in the order of the requests.
 """
 
 from __future__ import annotations
@@ -12,79 +14,76 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+import ssl
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from functools import cache
+from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
+import httpx2
 import openai
-from filelock import FileLock, Timeout
+from openai import RequestOptions
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 from tqdm import tqdm
 
-from codes.common.errors import ContrastRMError
+from codes.common.ledger import Ledger, Recorded
+from codes.common.llm_limits import MAX_OUTAGE_SECONDS, Breaker, Budget, Gate, Need
+from codes.common.llm_outcomes import (
+    ApiError,
+    Completion,
+    FatalApiError,
+    Outcome,
+    RetriableError,
+    RowError,
+    Usage,
+    classify,
+    parse_body,
+    raise_final,
+)
+
+__all__ = [
+    "ApiError",
+    "Budget",
+    "Completion",
+    "CompletionRequest",
+    "Engine",
+    "FatalApiError",
+    "Ledger",
+    "LlmClient",
+    "Outcome",
+    "RetriableError",
+    "RowError",
+    "Usage",
+    "endpoint_of",
+    "parse_body",
+    "request_key",
+]
 
 DEFAULT_BASE_URL = "https://api.openai.com/v1"
 MAX_WAIT_SECONDS = 60.0
-# A server that asks for a longer pause than this has run out of a daily quota: stopping is more use than
-# sleeping.
-MAX_RETRY_AFTER_SECONDS = 600.0
 # An empty answer costs a full generation each time, and the fourth is hardly ever better than the third.
 EMPTY_ANSWER_TRIES = 3
+# Requests read ahead of the finished ones, per concurrent call: those that wait for a next attempt must not
+# leave places empty.
+READ_AHEAD = 4
+# Requests read ahead of the first unfinished one, per concurrent call. One call that hangs for two minutes
+# holds up the output; up to so many others are finished and wait in the ledger meanwhile.
+WINDOW = 64
 
-_FATAL_CODES = frozenset(
-    {
-        "insufficient_quota",
-        "billing_hard_limit_reached",
-        "billing_not_active",
-        "account_deactivated",
-        "invalid_api_key",
-        "model_not_found",
-        "unsupported_country_region_territory",
-    }
-)
-_RETRIABLE_STATUSES = frozenset({408, 409, 425, 429})
-_ROW_STATUSES = frozenset({400, 413, 422})
+# Calls to a connection pool: the library looks at every connection of a pool twice a call, which at 256
+# connections costs more than all the rest.
+POOL_PLACES = 8
+# The library would draw a random one for every call and then not send it.
+_NO_RANDOM_KEY: RequestOptions = {"idempotency_key": "unused"}
+
 _KEY_LIKE = re.compile(r"(?i)\b(?:sk|pk|gsk|xai)-[\w*.\-]{6,}|bearer\s+[^\s\"',}]+")
-
-
-class ApiError(ContrastRMError):
-    """A request that brought no answer.
-
-    Attributes:
-        reason: A short class name for counting, such as ``rate_limit`` or ``content_filter``.
-    """
-
-    def __init__(self, message: str, *, reason: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-class RetriableError(ApiError):
-    """Another attempt may succeed. As an outcome: every attempt was used up.
-
-    Attributes:
-        retry_after: Seconds that the server asked to wait, if it did.
-    """
-
-    def __init__(self, message: str, *, reason: str, retry_after: float | None = None) -> None:
-        super().__init__(message, reason=reason)
-        self.retry_after = retry_after
-
-
-class FatalApiError(ApiError):
-    """No request of this run can succeed; the run stops at once. The message says what to do."""
-
-
-class RowError(ApiError):
-    """This request cannot succeed, others can."""
 
 
 @dataclass(frozen=True)
@@ -109,24 +108,15 @@ class CompletionRequest:
     sample: int = 0
     accept_cut_off: bool = False
 
-
-@dataclass(frozen=True)
-class Completion:
-    """An answer. ``text`` is never empty."""
-
-    text: str
-    finish_reason: str
-    prompt_tokens: int
-    completion_tokens: int
+    def need(self) -> Need:
+        """The tokens that it may use."""
+        return Need.of([str(message["content"]) for message in self.messages], self.max_tokens)
 
 
-Outcome: TypeAlias = Completion | ApiError
-
-
-def request_key(request: CompletionRequest, host: str) -> str:
-    """Hex SHA-256 of everything that shapes the answer. Of the URL, the host alone."""
+def request_key(request: CompletionRequest, endpoint: str) -> str:
+    """Hex SHA-256 of everything that shapes the answer. Of the URL, what ``endpoint_of`` leaves."""
     content = {
-        "host": host,
+        "endpoint": endpoint,
         "model": request.model,
         "messages": request.messages,
         "max_tokens": request.max_tokens,
@@ -138,89 +128,25 @@ def request_key(request: CompletionRequest, host: str) -> str:
     return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-class Ledger:
-    """Append-only JSONL of finished answers, one line each, flushed at once.
+def endpoint_of(base_url: str) -> str:
+    """Host and path of the API: not the port, which a local server has a new one of in every run.
 
-    A run that was killed may leave half a line at the end; opening cuts it off, and that one request is asked
-    again. Opening it twice at a time is refused.
+    Raises:
+        FatalApiError: It is no address of an API.
     """
-
-    def __init__(self, path: str | Path) -> None:
-        """Lock, repair and load.
-
-        Raises:
-            ContrastRMError: Another run holds it, the folder cannot be written, or a line in the middle is
-                not valid.
-        """
-        self.path = Path(path)
-        self._lock = FileLock(f"{self.path}.lock", timeout=0)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
-        except Timeout:
-            message = f"another run is using {self.path}; wait for it to end, or choose another --work_dir"
-            raise ContrastRMError(message) from None
-        except OSError as error:
-            reason = error.strerror or error
-            raise ContrastRMError(f"cannot write {self.path}: {reason}; choose another --work_dir") from error
-        try:
-            self._done = _load_ledger(self.path)
-            self._handle = self.path.open("a", encoding="utf-8")
-        except BaseException:
-            self._lock.release()
-            raise
-
-    def __enter__(self) -> Ledger:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __len__(self) -> int:
-        return len(self._done)
-
-    def get(self, key: str) -> Completion | None:
-        """The answer stored under a key."""
-        return self._done.get(key)
-
-    def add(self, key: str, model: str, completion: Completion) -> None:
-        """Store an answer. It survives a kill of this process from here on."""
-        self._handle.write(json.dumps({"key": key, "model": model, **asdict(completion)}, ensure_ascii=True) + "\n")
-        self._handle.flush()
-        self._done[key] = completion
-
-    def close(self) -> None:
-        """Close the file and let the next run in."""
-        self._handle.close()
-        self._lock.release()
-
-
-def _load_ledger(path: Path) -> dict[str, Completion]:
-    done: dict[str, Completion] = {}
-    if not path.exists():
-        return done
-    good_bytes = 0
-    with path.open("rb") as handle:
-        for number, line in enumerate(handle, start=1):
-            try:
-                row = json.loads(line)
-                answer = {name: row[name] for name in Completion.__dataclass_fields__}
-                done[row["key"]] = Completion(**answer)
-            except (ValueError, KeyError, TypeError):
-                if handle.read(1):
-                    message = f"{path}:{number}: not a ledger line; delete it (its request is then asked again)"
-                    raise ContrastRMError(message) from None
-                break
-            # A whole object without its line feed is as torn as half a one: the next line would be glued to
-            # it.
-            if not line.endswith(b"\n"):
-                break
-            good_bytes += len(line)
-    if good_bytes < path.stat().st_size:
-        os.truncate(path, good_bytes)
-    return done
+    try:
+        parts = urlsplit(base_url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port, parts = None, None, urlsplit("")
+    del port
+    if parts.scheme not in ("http", "https") or not host:
+        message = "the API base URL must look like https://host/v1; check --api_base_url or OPENAI_BASE_URL"
+        raise FatalApiError(message, reason="bad_base_url")
+    if parts.username or parts.password:
+        message = "the API base URL must not hold a user name or password; give the key in OPENAI_API_KEY"
+        raise FatalApiError(message, reason="bad_base_url")
+    return host + parts.path.rstrip("/")
 
 
 class LlmClient:
@@ -252,129 +178,145 @@ class LlmClient:
             message = "OPENAI_API_KEY is empty or holds characters that no key has; set it to the key alone"
             raise FatalApiError(message, reason="bad_key")
         self._base_url = base_url
-        self.host = _host_of(base_url)
+        self.endpoint = endpoint_of(base_url)
+        self.host = self.endpoint.split("/", 1)[0]
         self._max_attempts = max(1, max_attempts)
         self._timeout = request_timeout
         self._backoff = wait_random_exponential(multiplier=first_wait_seconds, max=MAX_WAIT_SECONDS)
-        self._client: openai.AsyncOpenAI | None = None
+        self._pools: list[openai.AsyncOpenAI] = []
+        self._free: list[openai.AsyncOpenAI] = []
+        self._ssl: ssl.SSLContext | None = None
 
     async def __aenter__(self) -> LlmClient:
-        # The connection pool belongs to one event loop, so it is made where the loop runs.
-        self._client = openai.AsyncOpenAI(
-            api_key=self._key, base_url=self._base_url, timeout=self._timeout, max_retries=0
-        )
+        # Connections belong to one event loop, so they are made where the loop runs, when they are needed.
+        self._ssl = _ssl_context()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._client is not None
-        await self._client.close()
-        self._client = None
+        for pool in self._pools:
+            await pool.close()
+        self._pools, self._free, self._ssl = [], [], None
+
+    @contextmanager
+    def _lease(self) -> Iterator[openai.AsyncOpenAI]:
+        """A place in a connection pool. The pool used last is the next one, so that few connections serve few calls."""
+        if not self._free:
+            assert self._ssl is not None, "enter the client first: async with client"
+            pool = openai.AsyncOpenAI(
+                api_key=self._key,
+                base_url=self._base_url,
+                timeout=self._timeout,
+                max_retries=0,
+                http_client=openai.DefaultAsyncHttpxClient(verify=self._ssl),
+            )
+            self._pools.append(pool)
+            self._free += [pool] * POOL_PLACES
+        pool = self._free.pop()
+        try:
+            yield pool
+        finally:
+            self._free.append(pool)
 
     def scrub(self, text: str) -> str:
         """Take keys out of a text that people or files will see."""
         return _KEY_LIKE.sub("[key]", text.replace(self._key, "[key]"))
 
-    async def complete(self, request: CompletionRequest) -> Completion:
+    async def complete(self, request: CompletionRequest, *, gate: Gate, breaker: Breaker, order: int) -> Completion:
         """Ask until there is an answer, an error that another attempt cannot mend, or no attempt left.
+
+        An answer cut off at ``max_tokens`` is an answer here; ``usable`` sorts it out.
+
+        Args:
+            request: What to ask.
+            gate: Holds each attempt back until it may be sent.
+            breaker: Hears of each attempt's end.
+            order: Place in the input: the gate lets the lowest in first.
 
         Raises:
             RetriableError: Every attempt was used up on errors that pass.
             RowError: This request cannot be answered.
             FatalApiError: No request can be answered.
         """
+        need = request.need()
+        n_attempts = 0
+
+        async def attempt() -> Completion:
+            nonlocal n_attempts
+            n_attempts += 1
+            return await self._pass_gate(request, need, gate, breaker, order)
+
+        def is_last(state: RetryCallState) -> bool:
+            return self._is_last_attempt(state, breaker)
+
+        def seconds_to_wait(state: RetryCallState) -> float:
+            return self._seconds_to_wait(state, gate, breaker)
+
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(RetriableError),
-            stop=self._is_last_attempt,
-            wait=self._seconds_to_wait,
+            stop=is_last,
+            wait=seconds_to_wait,
+            sleep=asyncio.sleep,
             reraise=True,
         )
         try:
-            completion: Completion = await retrying(self._attempt, request)
+            completion: Completion = await retrying(attempt)
         except RetriableError as error:
-            _raise_final(error, self.host)
-        return _check_usable(completion, request)
+            error.attempts = n_attempts
+            try:
+                raise_final(error, self.host)
+            except RowError as row_error:
+                row_error.attempts = n_attempts
+                raise
+        except RowError as error:
+            error.attempts = n_attempts
+            raise
+        return replace(completion, attempts=n_attempts)
 
-    def complete_all(
-        self,
-        requests: Sequence[CompletionRequest],
-        *,
-        concurrency: int,
-        ledger: Ledger,
-        description: str = "requests",
-    ) -> list[Outcome]:
-        """Ask many requests, at most ``concurrency`` at a time.
-
-        Equal requests are asked once. Answers found in the ledger are not asked for again; new ones are added
-        to it.
-
-        Returns:
-            One outcome a request, in the order of the requests: the answer, or the error as an object.
-
-        Raises:
-            FatalApiError: The run cannot go on. What was answered so far is in the ledger.
-        """
-        keys = [request_key(request, self.host) for request in requests]
-        open_requests = {key: request for key, request in zip(keys, requests, strict=True) if ledger.get(key) is None}
-        with tqdm(
-            total=len(set(keys)), initial=len(set(keys)) - len(open_requests), desc=description, unit="req"
-        ) as bar:
-            failed = asyncio.run(self._ask_open(open_requests, max(1, concurrency), ledger, bar))
-        return [
-            _stored_outcome(request, ledger.get(key), failed.get(key))
-            for key, request in zip(keys, requests, strict=True)
-        ]
-
-    async def _ask_open(
-        self,
-        open_requests: dict[str, CompletionRequest],
-        concurrency: int,
-        ledger: Ledger,
-        bar: tqdm[NoReturn],
-    ) -> dict[str, ApiError]:
-        """Work through the open requests with a fixed number of workers; returns the errors by key."""
-        failed: dict[str, ApiError] = {}
-        queue = iter(open_requests.items())
-
-        async def work() -> None:
-            for key, request in queue:
-                try:
-                    ledger.add(key, request.model, await self.complete_uncut(request))
-                except FatalApiError:
-                    raise
-                except ApiError as error:
-                    failed[key] = error
-                    bar.set_postfix(failed=len(failed), refresh=False)
-                bar.update()
-
-        async with self:
-            with _first_of_group():
-                async with asyncio.TaskGroup() as group:
-                    for _ in range(min(concurrency, len(open_requests))):
-                        group.create_task(work())
-        return failed
-
-    async def complete_uncut(self, request: CompletionRequest) -> Completion:
-        """As ``complete``, but an answer cut off at ``max_tokens`` is returned too, to be stored."""
-        return await self.complete(request if request.accept_cut_off else _accepting_cut_off(request))
+    async def _pass_gate(
+        self, request: CompletionRequest, need: Need, gate: Gate, breaker: Breaker, order: int
+    ) -> Completion:
+        """One attempt, with the gate and the breaker told how it went."""
+        permit = await gate.enter(order, need)
+        outcome: Completion | ApiError | None = None
+        try:
+            outcome = await self._attempt(request)
+            return outcome
+        except ApiError as error:
+            outcome = error
+            raise
+        finally:
+            gate.leave(permit, outcome)
+            if isinstance(outcome, Completion):
+                breaker.succeed()
+            elif outcome is not None and not isinstance(outcome, FatalApiError):
+                breaker.fail(outcome)
 
     async def _attempt(self, request: CompletionRequest) -> Completion:
-        assert self._client is not None, "enter the client first: async with client"
         try:
             # The library's time-out starts anew with every byte that arrives; this one does not.
-            async with asyncio.timeout(self._timeout):
-                raw = await self._client.chat.completions.with_raw_response.create(**self._parameters(request))
-            body = raw.http_response.text
+            with self._lease() as pool:
+                async with asyncio.timeout(self._timeout):
+                    response = await pool.post(
+                        # Not chat.completions.create: it checks every message against its types (1 ms), and
+                        # builds an object from a body that is read with more suspicion below.
+                        "/chat/completions",
+                        cast_to=httpx2.Response,
+                        body=self._parameters(request),
+                        options=_NO_RANDOM_KEY,
+                    )
+            body = response.text
         except TimeoutError:
             message = f"no answer within {self._timeout:g} s; --request_timeout sets the limit"
             raise RetriableError(message, reason="timeout") from None
         except openai.OpenAIError as error:
             # Without its chain: the library's error holds the request, and that holds the key.
-            raise _classify(error, self.host, self.scrub) from None
+            raise classify(error, self.host, self.scrub) from None
         completion = parse_body(body, self.scrub)
         if len(self._key) >= 16 and self._key in completion.text:
-            raise RowError("the answer repeats the API key", reason="key_in_answer")
+            usage = Usage(completion.prompt_tokens, completion.completion_tokens)
+            raise RowError("the answer repeats the API key", reason="key_in_answer", usage=usage)
         return completion
 
     def _parameters(self, request: CompletionRequest) -> dict[str, Any]:
@@ -389,20 +331,31 @@ class LlmClient:
             parameters["temperature"] = request.temperature
         return parameters
 
-    def _is_last_attempt(self, state: RetryCallState) -> bool:
+    def _is_last_attempt(self, state: RetryCallState, breaker: Breaker) -> bool:
         error = _error_of(state)
+        if error is not None and error.reason == "no_connection" and breaker.has_ever_succeeded:
+            return False  # the network is down, and no request's fault: the breaker ends that
         limit = self._max_attempts
         if error is not None and error.reason == "empty_answer":
             limit = min(limit, EMPTY_ANSWER_TRIES)
         return state.attempt_number >= limit
 
-    def _seconds_to_wait(self, state: RetryCallState) -> float:
+    def _seconds_to_wait(self, state: RetryCallState, gate: Gate, breaker: Breaker) -> float:
         error = _error_of(state)
-        jitter = self._backoff(state)
-        if error is None or error.retry_after is None:
-            return jitter
-        # Not all waiting requests at the same instant: up to a tenth more, never less than asked for.
-        return error.retry_after + min(jitter, 0.1 * error.retry_after)
+        jitter: float = self._backoff(state)
+        if error is not None and error.retry_after is not None:
+            gate.pause(error.retry_after)
+            # Not all waiting requests at the same instant: up to a tenth more, never less than asked for.
+            return error.retry_after + min(jitter, 0.1 * error.retry_after)
+        if breaker.is_outage:
+            gate.pause(jitter)
+        return jitter
+
+
+@cache
+def _ssl_context() -> ssl.SSLContext:
+    """One for all pools: to read the certificates takes some 30 ms."""
+    return httpx2.create_ssl_context()
 
 
 def _error_of(state: RetryCallState) -> RetriableError | None:
@@ -410,186 +363,287 @@ def _error_of(state: RetryCallState) -> RetriableError | None:
     return error if isinstance(error, RetriableError) else None
 
 
-def _host_of(base_url: str) -> str:
-    try:
-        parts = urlsplit(base_url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host, port, parts = None, None, urlsplit("")
-    del port
-    if parts.scheme not in ("http", "https") or not host:
-        message = "the API base URL must look like https://host/v1; check --api_base_url or OPENAI_BASE_URL"
-        raise FatalApiError(message, reason="bad_base_url")
-    if parts.username or parts.password:
-        message = "the API base URL must not hold a user name or password; give the key in OPENAI_API_KEY"
-        raise FatalApiError(message, reason="bad_base_url")
-    return host
+def usable(recorded: Recorded, *, max_tokens: int, accept_cut_off: bool) -> Outcome:
+    """What a recorded outcome is worth to a request: a cut-off answer only where it is accepted."""
+    if isinstance(recorded, Completion) and recorded.finish_reason == "length" and not accept_cut_off:
+        message = f"the answer was cut off at {max_tokens} tokens; raise --max_new_tokens"
+        return RowError(message, reason="cut_off", attempts=recorded.attempts)
+    return recorded
 
 
-def _accepting_cut_off(request: CompletionRequest) -> CompletionRequest:
-    return CompletionRequest(**{**request.__dict__, "accept_cut_off": True})
+@dataclass(eq=False)
+class _Stream:
+    """One caller's view of the engine.
 
-
-def _check_usable(completion: Completion, request: CompletionRequest) -> Completion:
-    if completion.finish_reason == "length" and not request.accept_cut_off:
-        message = f"the answer was cut off at {request.max_tokens} tokens; raise --max_new_tokens"
-        raise RowError(message, reason="cut_off")
-    return completion
-
-
-def _stored_outcome(request: CompletionRequest, completion: Completion | None, error: ApiError | None) -> Outcome:
-    if completion is None:
-        assert error is not None, "every request ends in an answer or an error"
-        return error
-    try:
-        return _check_usable(completion, request)
-    except RowError as cut_off:
-        return cut_off
-
-
-def _raise_final(error: RetriableError, host: str) -> NoReturn:
-    """What an error that passes becomes once every attempt is used up."""
-    if error.reason == "empty_answer":
-        raise RowError(str(error), reason=error.reason) from None
-    if error.reason == "no_connection":
-        message = f"cannot reach {host}: {error}; check OPENAI_BASE_URL and the network, then run again"
-        raise FatalApiError(message, reason=error.reason) from None
-    raise error
-
-
-@contextmanager
-def _first_of_group() -> Iterator[None]:
-    """Turn a task group's exception group into its first error: that is the one that stopped the run."""
-    try:
-        yield
-    except BaseExceptionGroup as group:
-        first: BaseException = group
-        while isinstance(first, BaseExceptionGroup):
-            first = first.exceptions[0]
-        raise first from None
-
-
-def parse_body(body: str, scrub: Callable[[str], str] = str) -> Completion:
-    """Read the body of an HTTP 200 answer, trusting nothing in it.
-
-    Raises:
-        RetriableError: It is cut off, not JSON, lacks its parts, or is empty.
-        RowError: The model refused through its own field, or a content filter cut the answer.
-        FatalApiError: It holds an error that no further request will overcome.
+    Attributes:
+        finished: Keys of finished requests, or the error that stops everything.
+        tasks: The loop's tasks for it; touched on the loop alone.
     """
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
-        raise RetriableError("the server's answer is not valid JSON", reason="invalid_body") from None
-    if not isinstance(value, dict):
-        raise RetriableError("the server's answer is not a JSON object", reason="invalid_body")
-    if value.get("error"):
-        raise _classify_error_body(value["error"], scrub)
-    choices = value.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    message = choice.get("message") if isinstance(choice, dict) else None
-    if not isinstance(choice, dict) or not isinstance(message, dict):
-        raise RetriableError("the server's answer holds no choices[0].message", reason="invalid_body")
-    return _completion_of(choice, message, value.get("usage"))
+
+    finished: SimpleQueue[str | BaseException] = field(default_factory=SimpleQueue)
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
 
-def _completion_of(choice: dict[str, Any], message: dict[str, Any], usage: Any) -> Completion:
-    finish_reason = str(choice.get("finish_reason") or "unknown")
-    if finish_reason == "content_filter":
-        raise RowError("the server's content filter stopped the answer", reason="content_filter")
-    if message.get("refusal"):
-        raise RowError("the model refused to answer", reason="model_refusal")
-    text = message.get("content")
-    if text is not None and not isinstance(text, str):
-        raise RetriableError("the answer's content is not a text", reason="invalid_body")
-    if not text or not text.strip():
-        if finish_reason == "length":
-            raise RowError("no answer within --max_new_tokens; raise it (reasoning models need more)", reason="cut_off")
-        raise RetriableError("the answer is empty", reason="empty_answer")
-    usage = usage if isinstance(usage, dict) else {}
-    # A lone surrogate (half an emoji, escaped) could be neither tokenised nor written as UTF-8 later.
-    text = text.encode("utf-8", "replace").decode("utf-8")
-    return Completion(text, finish_reason, _count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))
+@dataclass(frozen=True)
+class _Place:
+    """A request's place in the output; its text is not kept."""
+
+    key: str
+    max_tokens: int
+    accept_cut_off: bool
 
 
-def _count(usage: dict[str, Any], name: str) -> int:
-    value = usage.get(name)
-    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+class Engine:
+    """Sends the requests of one run: one ledger, one budget, one limit on concurrency, however many streams.
 
+    The event loop starts with the first stream that has something to ask and ends with ``close``, which the
+    ledger calls before it closes. Only what the ledger has recorded is given out, so that a resumed run gives
+    out the same.
+    """
 
-def _classify_error_body(error: Any, scrub: Callable[[str], str]) -> ApiError:
-    """Sort an ``error`` object that came with HTTP 200 (gateways do that)."""
-    fields = error if isinstance(error, dict) else {"message": error}
-    message = scrub(str(fields.get("message") or "no message"))[:300]
-    code = fields.get("code")
-    status = int(str(code)) if str(code).isdigit() else None
-    return _by_status(status, {str(code), str(fields.get("type"))}, message, retry_after=None)
+    def __init__(
+        self,
+        client: LlmClient,
+        ledger: Ledger,
+        *,
+        concurrency: int,
+        budget: Budget | None = None,
+        requests_per_minute: float | None = None,
+        tokens_per_minute: float | None = None,
+        max_outage_seconds: float = MAX_OUTAGE_SECONDS,
+        retry_failed: bool = False,
+    ) -> None:
+        """Send nothing yet.
 
-
-def _classify(error: openai.OpenAIError, host: str, scrub: Callable[[str], str]) -> ApiError:
-    """Sort the client library's errors."""
-    if isinstance(error, openai.APITimeoutError) and not _is_connect_failure(error):
-        return RetriableError("no answer in time; --request_timeout sets the limit", reason="timeout")
-    if isinstance(error, openai.APIConnectionError):
-        cause = scrub(str(error.__cause__ or error))[:200]
-        if _is_connect_failure(error):
-            return RetriableError(cause or "no connection", reason="no_connection")
-        return RetriableError(f"connection to {host} broke: {cause}", reason="broken_connection")
-    if isinstance(error, openai.APIStatusError):
-        codes = {str(error.code), str(error.type)}
-        detail = error.body.get("message") if isinstance(error.body, dict) else None
-        message = scrub(str(detail or error.message))[:300]
-        return _by_status(error.status_code, codes, message, retry_after=_retry_after(error.response.headers))
-    return RetriableError(f"invalid answer: {scrub(str(error))[:200]}", reason="invalid_body")
-
-
-def _is_connect_failure(error: openai.APIConnectionError) -> bool:
-    # By name: the client may sit on either of two generations of its HTTP library.
-    return type(error.__cause__).__name__ in {"ConnectError", "ConnectTimeout", "UnsupportedProtocol"}
-
-
-def _by_status(status: int | None, codes: set[str], message: str, *, retry_after: float | None) -> ApiError:
-    fatal_code = next(iter(sorted(codes & _FATAL_CODES)), None)
-    if fatal_code is not None or status in (401, 402, 403, 404):
-        return FatalApiError(_fatal_message(status, fatal_code, message), reason=fatal_code or f"http_{status}")
-    if "content_filter" in codes or "content_policy_violation" in codes:
-        return RowError(f"the server's content filter refused the request: {message}", reason="content_filter")
-    if status in _ROW_STATUSES:
-        return RowError(f"HTTP {status}: {message}", reason=f"http_{status}")
-    if status is None or status in _RETRIABLE_STATUSES or status >= 500:
-        if retry_after is not None and retry_after > MAX_RETRY_AFTER_SECONDS:
-            message = f"the server asks to wait {retry_after:.0f} s ({message}); run the command again after that"
-            return FatalApiError(message, reason="long_wait")
-        reason = "rate_limit" if status == 429 else f"http_{status}" if status else "error_body"
-        return RetriableError(
-            f"HTTP {status}: {message}" if status else message, reason=reason, retry_after=retry_after
+        Args:
+            client: Whom to ask.
+            ledger: Where finished requests are found and recorded.
+            concurrency: Calls at a time, at most.
+            budget: What the run may spend; None: no limit.
+            requests_per_minute: Calls a minute, at most (one second's worth may come at once).
+            tokens_per_minute: Tokens a minute, by the estimate of ``Need`` before and the usage after a call.
+            max_outage_seconds: Without one success for so long, a run stops.
+            retry_failed: Ask again what the ledger holds as failed.
+        """
+        self.client = client
+        self.budget = budget or Budget()
+        self.retry_failed = retry_failed
+        self._ledger = ledger
+        self._gate = Gate(
+            concurrency=concurrency,
+            budget=self.budget,
+            requests_per_minute=requests_per_minute,
+            tokens_per_minute=tokens_per_minute,
         )
-    return FatalApiError(f"HTTP {status}: {message}; check --api_base_url", reason=f"http_{status}")
+        self._breaker = Breaker(max_outage_seconds, count_refusals=not retry_failed)
+        self._n_submitted = 0
+        # What this run could not get; the ledger does not hold it, so that the next run asks again.
+        self._failed: dict[str, ApiError] = {}
+        # What was failed in the ledger and was asked again: once a run.
+        self._asked: set[str] = set()
+        self._streams: set[_Stream] = set()
+        self._fatal: BaseException | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping: asyncio.Event | None = None
+        self._thread: threading.Thread | None = None
+        ledger.call_before_close(self.close)
 
+    def __enter__(self) -> Engine:
+        return self
 
-def _fatal_message(status: int | None, code: str | None, message: str) -> str:
-    if code in ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active") or status == 402:
-        cure = "the account has no quota left; add credit or use another key, then run the same command again"
-    elif status == 401 or code == "invalid_api_key":
-        cure = "the server does not accept the key; check OPENAI_API_KEY"
-    elif status == 404 or code == "model_not_found":
-        cure = "no such model or address; check API_MODEL / --api_model and OPENAI_BASE_URL / --api_base_url"
-    else:
-        cure = "this key may not use this model or server; check the account's rights"
-    return f"{cure} (server: {message})"
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
-
-def _retry_after(headers: Any) -> float | None:
-    """Seconds from ``retry-after-ms`` or ``Retry-After`` (a number or a date); None where it is of no use."""
-    try:
-        if (milliseconds := headers.get("retry-after-ms")) is not None:
-            seconds = float(milliseconds) / 1000
-        elif (value := headers.get("retry-after")) is None:
+    def known(self, request: CompletionRequest, key: str) -> Outcome | None:
+        """The outcome that needs no call; None where there is none."""
+        if (error := self._failed.get(key)) is not None:
+            return error
+        recorded = self._ledger.get(key)
+        if recorded is None:
             return None
-        elif re.fullmatch(r"\s*[\d.]+\s*", value):
-            seconds = float(value)
-        else:
-            seconds = (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
-    except (ValueError, TypeError):
-        return None
-    return seconds if seconds > 0 and seconds != float("inf") else None
+        outcome = usable(recorded, max_tokens=request.max_tokens, accept_cut_off=request.accept_cut_off)
+        if self.retry_failed and isinstance(outcome, ApiError) and key not in self._asked:
+            return None
+        return outcome
+
+    def stream(
+        self, requests: Iterable[CompletionRequest], *, description: str = "requests", total: int | None = None
+    ) -> Iterator[Outcome]:
+        """One outcome a request, in the order of the requests: the answer, or the error as an object.
+
+        Requests are read when they are needed: at most ``READ_AHEAD`` x concurrency beyond those finished, and
+        ``WINDOW`` x concurrency beyond the first unfinished one. Equal requests are asked once. What the ledger
+        holds is given out at once, and is not asked for again. Leaving the loop early calls off what is in
+        flight.
+
+        Raises:
+            FatalApiError: The run cannot go on, or its budget is used up. What was answered so far is in the
+                ledger.
+        """
+        stream = _Stream()
+        read_ahead = READ_AHEAD * self._gate.concurrency
+        window = WINDOW * self._gate.concurrency
+        places: deque[_Place] = deque()
+        unfinished: set[str] = set()
+        source = iter(requests)
+        has_more = True
+        self._streams.add(stream)
+        try:
+            with tqdm(total=total, desc=description, unit="req") as bar:
+                while True:
+                    _take_finished(stream, unfinished)
+                    is_ready = bool(places) and places[0].key not in unfinished
+                    room = read_ahead if is_ready else window
+                    while has_more and len(unfinished) < read_ahead and len(places) < room:
+                        request = next(source, None)
+                        if request is None:
+                            has_more = False
+                            break
+                        key = request_key(request, self.client.endpoint)
+                        places.append(_Place(key, request.max_tokens, request.accept_cut_off))
+                        if key not in unfinished and self.known(request, key) is None:
+                            unfinished.add(key)
+                            self._submit(stream, key, request)
+                        _take_finished(stream, unfinished)
+                    if not places:
+                        return
+                    if places[0].key in unfinished:
+                        _take(stream.finished.get(), unfinished)
+                        continue
+                    outcome = self._outcome(places.popleft())
+                    bar.update()
+                    yield outcome
+        finally:
+            self._streams.discard(stream)
+            self._call_off(stream)
+
+    def _outcome(self, place: _Place) -> Outcome:
+        error = self._failed.get(place.key)
+        if error is not None:
+            return error
+        recorded = self._ledger.get(place.key)
+        assert recorded is not None, "every finished request is recorded or failed"
+        return usable(recorded, max_tokens=place.max_tokens, accept_cut_off=place.accept_cut_off)
+
+    def _submit(self, stream: _Stream, key: str, request: CompletionRequest) -> None:
+        if self._fatal is not None:
+            raise self._fatal
+        if self._thread is None:
+            self._start()
+        assert self._loop is not None
+        self._n_submitted += 1
+        if self.retry_failed and self._ledger.get(key) is not None:
+            self._asked.add(key)
+        self._loop.call_soon_threadsafe(self._begin, stream, key, request, self._n_submitted)
+
+    def _start(self) -> None:
+        ready: SimpleQueue[BaseException | None] = SimpleQueue()
+
+        async def serve() -> None:
+            self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
+            async with self.client:
+                ready.put(None)
+                await self._stopping.wait()
+                tasks = [task for stream in list(self._streams) for task in stream.tasks]
+                await _cancel(tasks)
+
+        def run() -> None:
+            try:
+                asyncio.run(serve())
+            except BaseException as error:
+                ready.put(error)
+                raise
+
+        # A daemon: a caller that dies without closing anything must not hang in a thread.
+        self._thread = threading.Thread(target=run, name="llm-engine", daemon=True)
+        self._thread.start()
+        error = ready.get()
+        if error is not None:
+            self._thread = None
+            raise error
+
+    def close(self) -> None:
+        """Call off what is in flight and end the loop. A closed engine starts again with the next stream."""
+        if self._thread is None:
+            return
+        assert self._loop is not None and self._stopping is not None
+        self._loop.call_soon_threadsafe(self._stopping.set)
+        self._thread.join()
+        self._thread = self._loop = self._stopping = None
+
+    def _call_off(self, stream: _Stream) -> None:
+        if self._thread is None or self._loop is None or not self._thread.is_alive():
+            return
+        # After every submission that is still on its way to the loop: both go through the same queue.
+        asyncio.run_coroutine_threadsafe(_cancel(stream.tasks), self._loop).result()
+
+    def _begin(self, stream: _Stream, key: str, request: CompletionRequest, order: int) -> None:
+        if self._fatal is not None:
+            return
+        assert self._loop is not None
+        task = self._loop.create_task(self._ask(key, request, order))
+        stream.tasks.add(task)
+
+        def finish(task: asyncio.Task[None]) -> None:
+            stream.tasks.discard(task)
+            if task.cancelled():
+                return
+            error = task.exception()
+            if error is None:
+                stream.finished.put(key)
+            else:
+                self._stop_all(error)
+
+        task.add_done_callback(finish)
+
+    async def _ask(self, key: str, request: CompletionRequest, order: int) -> None:
+        outcome: Recorded
+        try:
+            outcome = await self.client.complete(request, gate=self._gate, breaker=self._breaker, order=order)
+        except RowError as error:
+            outcome = error
+        except RetriableError as error:
+            # Without its history: that holds the request with all its text, and the key.
+            error.__context__ = None
+            self._failed[key] = error.with_traceback(None)
+            return
+        self._ledger.add(key, request.model, outcome)
+
+    def _stop_all(self, error: BaseException) -> None:
+        """The first error that is nobody's own stops every stream."""
+        if self._fatal is not None:
+            return
+        self._fatal = error
+        for stream in list(self._streams):  # the callers' threads add to it
+            stream.finished.put(error)
+            for task in stream.tasks:
+                task.cancel()
+
+
+def _take(item: str | BaseException, unfinished: set[str]) -> None:
+    if isinstance(item, BaseException):
+        _raise(item)
+    unfinished.discard(item)
+
+
+def _raise(error: BaseException) -> NoReturn:
+    # Without its chain: it names calls of the HTTP library, and those hold the key.
+    raise error from None
+
+
+def _take_finished(stream: _Stream, unfinished: set[str]) -> None:
+    while True:
+        try:
+            item = stream.finished.get_nowait()
+        except Empty:
+            return
+        _take(item, unfinished)
+
+
+async def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
+    cancelled = list(tasks)
+    for task in cancelled:
+        task.cancel()
+    await asyncio.gather(*cancelled, return_exceptions=True)

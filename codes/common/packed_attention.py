@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
+from torch.utils._triton import has_triton
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -38,7 +39,10 @@ FLEX_BLOCK = 128
 
 def default_backend(device: torch.device) -> str:
     """The fastest backend of a device."""
-    return "flex" if device.type == "cuda" else "segments" if device.type == "cpu" else "dense"
+    if device.type == "cuda":
+        # Flex attention is compiled with Triton; uncompiled it would build the whole score matrix.
+        return "flex" if has_triton() else "dense"
+    return "segments" if device.type == "cpu" else "dense"
 
 
 def why_not_packable(model: PreTrainedModel) -> str | None:

@@ -12,9 +12,10 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from codes.common.biases import INJECTABLE
 from codes.common.errors import ContrastRMError, RecordError
@@ -404,6 +405,110 @@ def read_preference_file(
     return _read_rows(path, parse, max_bad_rows)
 
 
+def iter_preference_file(
+    path: str | Path, *, require_rejected: bool = True, skip_lines: Collection[int] = (), limit: int = 0
+) -> Iterator[PreferenceRecord]:
+    """Yield preference records one by one: the file is never held in memory.
+
+    Args:
+        path: The file.
+        require_rejected: Whether a record without a rejected answer breaks the contract.
+        skip_lines: 1-based numbers of lines to leave out (``CheckedPreferenceFile`` knows the bad ones).
+        limit: The first N records only; 0 = all.
+
+    Raises:
+        ContrastRMError: Missing file, or a bad row. That two records have one id is not seen here: check the file first
+            (``check_preference_file``).
+    """
+    path = Path(path)
+    n_records = 0
+    for line_number, raw in _iter_lines(path):
+        if line_number in skip_lines:
+            continue
+        value = _parse_line(path, line_number, raw)
+        if not isinstance(value, dict):
+            raise RecordError(path, line_number, "-", value, "a JSON object")
+        yield parse_preference_row(path, line_number, value, require_rejected=require_rejected)
+        n_records += 1
+        if n_records == limit:
+            return
+
+
+@dataclass(frozen=True)
+class CheckedPreferenceFile:
+    """A file of preference records that was read through once, and can be streamed any number of times.
+
+    Attributes:
+        report: What the check saw, up to the last record inside its limit.
+        bad_lines: 1-based line numbers of the bad rows; they are left out.
+    """
+
+    path: Path
+    report: ReadReport
+    bad_lines: frozenset[int]
+    require_rejected: bool
+
+    def __len__(self) -> int:
+        return self.report.n_good
+
+    def __iter__(self) -> Iterator[PreferenceRecord]:
+        """The records, one by one, in the order of the file."""
+        return iter_preference_file(
+            self.path, require_rejected=self.require_rejected, skip_lines=self.bad_lines, limit=self.report.n_good
+        )
+
+
+def check_preference_file(
+    path: str | Path,
+    *,
+    max_bad_rows: int = 0,
+    require_rejected: bool = True,
+    limit: int = 0,
+    see: Callable[[PreferenceRecord], None] | None = None,
+) -> CheckedPreferenceFile:
+    """Read a preference file through without keeping it, so that a bad row shows before hours of work.
+
+    Args:
+        path: The file.
+        max_bad_rows: Bad rows that are tolerated; they are counted and left out.
+        require_rejected: Whether a record without a rejected answer is a bad row.
+        limit: The first N good records only; 0 = all.
+        see: Called with each good record, for what a caller wants to know before it starts.
+
+    Raises:
+        ContrastRMError: Missing file, more bad rows than allowed, no good row, or an id that occurs twice.
+    """
+    path = Path(path)
+    # Eight bytes an id: a hundred thousand of them cost a few megabytes.
+    seen: set[int] = set()
+    bad: list[str] = []
+    bad_lines: set[int] = set()
+    for line_number, raw in _iter_lines(path):
+        try:
+            value = _parse_line(path, line_number, raw)
+            if not isinstance(value, dict):
+                raise RecordError(path, line_number, "-", value, "a JSON object")
+            record = parse_preference_row(path, line_number, value, require_rejected=require_rejected)
+            digest = int.from_bytes(hashlib.blake2b(record.id.encode(), digest_size=8).digest())
+            if digest in seen:
+                raise RecordError(path, line_number, "id", record.id, "an id of its own (an earlier line has the same)")
+        except RecordError as error:
+            bad.append(str(error))
+            bad_lines.add(line_number)
+            if len(bad) > max_bad_rows:
+                raise _too_many_bad(error, len(bad), max_bad_rows) from error
+            continue
+        seen.add(digest)
+        if see is not None:
+            see(record)
+        if len(seen) == limit:
+            break
+    if not seen:
+        raise ContrastRMError(f"{path}: no usable row ({len(bad)} bad); give a file with at least one good record")
+    report = ReadReport(str(path), len(seen) + len(bad), len(seen), bad)
+    return CheckedPreferenceFile(path, report, frozenset(bad_lines), require_rejected)
+
+
 def read_bias_file(path: str | Path, *, max_bad_rows: int = 0) -> tuple[list[BiasRecord], ReadReport]:
     """Read pairwise bias-evaluation rows in the public format.
 
@@ -491,25 +596,50 @@ def write_text(path: str | Path, text: str) -> None:
     Raises:
         ContrastRMError: The folder cannot be made or written.
     """
+    with open_atomic(path) as handle, _cannot_write(Path(path)):
+        handle.write(text)
+
+
+@contextmanager
+def open_atomic(path: str | Path) -> Iterator[IO[str]]:
+    """A file to write bit by bit that takes its name only when the block ends well: flushed to disk, then renamed.
+
+    Raises:
+        ContrastRMError: The folder cannot be made or written.
+    """
     path = Path(path)
     temporary: str | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        with _cannot_write(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+            handle = os.fdopen(descriptor, "w", encoding="utf-8")
+        try:
+            yield handle
+            with _cannot_write(path):
+                handle.flush()
+                os.fsync(handle.fileno())
+        finally:
+            # After a write that the disk refused, closing tries once more and would hide the first error.
+            with suppress(OSError):
+                handle.close()
+        with _cannot_write(path):
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
         temporary = None
-    except OSError as error:
-        reason = error.strerror or error
-        raise ContrastRMError(f"cannot write {path}: {reason}; choose a folder that you can write") from error
     finally:
         # Whatever went wrong (a full disk, text that is no UTF-8, Ctrl-C): nothing half-written stays.
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+@contextmanager
+def _cannot_write(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise ContrastRMError(f"cannot write {path}: {reason}; choose a folder that you can write") from error
 
 
 def _umask() -> int:
@@ -524,8 +654,24 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
-    """Write one JSON value a line, atomically."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+    """Write one JSON value a line, atomically, without holding the rows in memory."""
+    with open_atomic(path) as handle:
+        for row in rows:
+            write_row(handle, row)
+
+
+def write_row(handle: IO[str], row: Any) -> None:
+    """Write one JSON value as a line.
+
+    Raises:
+        ContrastRMError: The disk refuses it.
+    """
+    line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        handle.write(line)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ContrastRMError(f"cannot write a row: {reason}; free some space or choose another folder") from error
 
 
 def ensure_writable_folder(path: str | Path) -> Path:

@@ -57,7 +57,7 @@ class ScoreResult:
 
 def default_token_budget(device: torch.device) -> int:
     """Computed tokens of a batch: enough to fill the device, few enough for a CPU's caches and a small card's memory."""
-    return 2048 if device.type == "cpu" else 16384
+    return 4096 if device.type == "cpu" else 16384
 
 
 def resolve_packing(model: torch.nn.Module, packing: str) -> str:

@@ -16,13 +16,13 @@ from codes.common.biases import INJECTABLE, get_bias
 from codes.common.errors import ContrastRMError
 from codes.common.records import Message, messages_to_text
 
-PROMPT_VERSION = "2"
+PROMPT_VERSION = "3"
 
 # From this many new tokens on, writers are not told a word limit.
 ROOMY_TOKENS = 512
 
-Strategy = Literal["wrong_answer", "rewrite_rejected"]
-STRATEGIES: tuple[Strategy, ...] = ("wrong_answer", "rewrite_rejected")
+Strategy = Literal["wrong_answer", "rewrite_rejected", "template"]
+STRATEGIES: tuple[Strategy, ...] = ("wrong_answer", "rewrite_rejected", "template")
 
 # How a writer carries each cue. Keys are checked against the table of biases by a test.
 CUE_INSTRUCTIONS: dict[str, str] = {
@@ -107,12 +107,9 @@ Style: {cue}{limit}
 
 Print only the rewritten answer."""
 
-_JUDGE_SYSTEM = (
-    "You compare answers to the same request. What counts is substance: is it correct, does it do what was "
-    "asked, is it safe. Length, layout, confidence, praise, cheerfulness, cited authorities and "
-    "exact-looking figures count for nothing by themselves. The order of the answers means nothing."
-)
-
+# One short turn that ends in the word to go on from, so that even small models answer with a letter. The embedded model
+# gave 8 verdicts for 8 records with this text, 5 with a longer list of what does not count, and none with a system turn and
+# a form to fill in.
 _JUDGE = """\
 <conversation>
 {conversation}
@@ -120,9 +117,9 @@ _JUDGE = """\
 
 {candidates}
 
-Which one of the answers {letters} is the best response to the last request? Reply with one line and nothing \
-else, in this form:
-Best: {example}"""
+Which answer to the last request is the most correct and helpful? Style, length and confidence do not count. Reply \
+with one letter only: {letters}.
+Best:"""
 
 _SIMILAR_SYSTEM = "You write user requests for a collection of questions. You print only the request itself."
 
@@ -204,14 +201,12 @@ def build_judge(messages: list[Message], candidates: Sequence[str]) -> list[Mess
     shown = "\n\n".join(
         f'<answer letter="{letter}">\n{text}\n</answer>' for letter, text in zip(letters, candidates, strict=True)
     )
-    # A placeholder and not a real letter: an example letter pulls a weak judge towards it.
     text = _JUDGE.format(
         conversation=messages_to_text(messages),
         candidates=shown,
-        letters=f"{', '.join(letters[:-1])} and {letters[-1]}",
-        example="<letter>",
+        letters=f"{', '.join(letters[:-1])} or {letters[-1]}",
     )
-    return _brief(_JUDGE_SYSTEM, text)
+    return [{"role": "user", "content": text}]
 
 
 def build_similar_question(messages: list[Message]) -> list[Message]:

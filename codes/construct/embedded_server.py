@@ -2,7 +2,7 @@
 
 Reads the model folder (fetched and converted on first use); writes the server's output to
 ``<work_dir>/embedded_server.log``. The server is gone when the command ends, after Ctrl-C and SIGTERM, and
-when this process dies in any other way. Example:
+when this process dies in any other way; where the server dies first, the command is stopped. Example:
 
 ``python -m codes.construct.embedded_server --model_path embedded -- bash run_construction.sh``
 """
@@ -20,6 +20,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -35,6 +36,8 @@ HOST = "127.0.0.1"
 DUMMY_KEY = "no-key-needed"
 START_SECONDS = 300.0
 STOP_SECONDS = 5.0
+# How often to look whether the server still runs: its clients would take its end for an outage, and wait.
+LOOK_AFTER_SECONDS = 1.0
 # All prompts of a batch share one masked attention without a flash kernel: at the server's own 8,192 tokens
 # that takes minutes on a CPU, and its cache takes what memory there is. 512 blocks of 32 tokens hold eight
 # requests of 2,048.
@@ -100,9 +103,33 @@ def _die_with_parent(death_signal: int) -> Callable[[], None] | None:
     return set_death_signal
 
 
+@dataclass(frozen=True)
+class Server:
+    """A server that answers.
+
+    Attributes:
+        port: On localhost.
+        log_path: What it prints.
+    """
+
+    process: subprocess.Popen[bytes]
+    port: int
+    log_path: Path
+
+    def check(self) -> None:
+        """Raise where it has ended.
+
+        Raises:
+            ContrastRMError: With its exit code and the last lines of its log.
+        """
+        code = self.process.poll()
+        if code is not None:
+            raise ContrastRMError(f"the embedded server ended with code {code}; {_last_lines(self.log_path)}")
+
+
 @contextmanager
-def running_server(model_path: str, work_dir: Path, *, start_seconds: float = START_SECONDS) -> Iterator[int]:
-    """A server that answers on the yielded port, and is stopped afterwards whatever happens.
+def running_server(model_path: str, work_dir: Path, *, start_seconds: float = START_SECONDS) -> Iterator[Server]:
+    """A server that answers, and is stopped afterwards whatever happens.
 
     Raises:
         ContrastRMError: It did not start; the message holds the last lines of its log.
@@ -122,26 +149,27 @@ def running_server(model_path: str, work_dir: Path, *, start_seconds: float = ST
             preexec_fn=_die_with_parent(signal.SIGKILL),
         )
     try:
-        _wait_until_healthy(server, port, log_path, start_seconds)
-        yield port
+        started = Server(server, port, log_path)
+        _wait_until_healthy(started, start_seconds)
+        yield started
     finally:
         _stop_group(server)
 
 
-def _wait_until_healthy(server: subprocess.Popen[bytes], port: int, log_path: Path, start_seconds: float) -> None:
+def _wait_until_healthy(server: Server, start_seconds: float) -> None:
     deadline = time.monotonic() + start_seconds
     # Without proxies: the address is on this machine.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while time.monotonic() < deadline:
-        if server.poll() is not None:
-            raise ContrastRMError(f"the embedded server ended with code {server.returncode}; {_last_lines(log_path)}")
+        server.check()
         try:
-            with opener.open(f"http://{HOST}:{port}/health", timeout=5) as answer:
+            with opener.open(f"http://{HOST}:{server.port}/health", timeout=5) as answer:
                 if answer.status == 200:
                     return
         except OSError:
             time.sleep(0.2)  # not listening yet
-    raise ContrastRMError(f"the embedded server did not answer within {start_seconds:.0f} s; {_last_lines(log_path)}")
+    message = f"the embedded server did not answer within {start_seconds:.0f} s; {_last_lines(server.log_path)}"
+    raise ContrastRMError(message)
 
 
 def _last_lines(log_path: Path) -> str:
@@ -162,14 +190,19 @@ def _stop_group(server: subprocess.Popen[bytes]) -> None:
     server.wait()
 
 
-def run_command(command: Sequence[str], environment: dict[str, str]) -> int:
-    """Run a command to its end or ours; returns its exit code (128 + n after signal n)."""
+def run_command(command: Sequence[str], environment: dict[str, str], server: Server) -> int:
+    """Run a command to its end, the server's or ours; returns its exit code (128 + n after signal n).
+
+    Raises:
+        ContrastRMError: The command cannot be run, or the server ended before it.
+    """
     try:
         child = subprocess.Popen(command, env=environment, preexec_fn=_die_with_parent(signal.SIGTERM))
     except OSError as error:
         raise ContrastRMError(f"cannot run {command[0]}: {error.strerror}; check the command after --") from error
     try:
-        code = child.wait()
+        while (code := _wait_a_little(child)) is None:
+            server.check()
     except BaseException:
         child.terminate()
         try:
@@ -179,6 +212,13 @@ def run_command(command: Sequence[str], environment: dict[str, str]) -> int:
             child.wait()
         raise
     return 128 - code if code < 0 else code
+
+
+def _wait_a_little(child: subprocess.Popen[bytes]) -> int | None:
+    try:
+        return child.wait(LOOK_AFTER_SECONDS)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def _exit_on_signal(number: int, frame: FrameType | None) -> None:
@@ -207,8 +247,8 @@ def main(argv: list[str] | None = None) -> int:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, and that must stay so
             signal.signal(number, _exit_on_signal)
     model_path = resolve_model_path(args.model_path)
-    with running_server(model_path, args.work_dir) as port:
-        return run_command(command, command_environment(model_path, port))
+    with running_server(model_path, args.work_dir) as server:
+        return run_command(command, command_environment(model_path, server.port), server)
 
 
 if __name__ == "__main__":

@@ -1,116 +1,153 @@
 """Add off-target rejected answers: right answers to a similar but different request.
 
-Reads preference records (JSONL); writes them with ``similar_question`` and its answer appended to
-``rejected`` (bias null, strategy ``gptinst`` in ``injections``), in the order of the input. Leaves
-``failed.jsonl``, ``construction_report.json`` and the ledger in the work folder. Example:
+Reads preference records (JSONL); writes them with ``similar_question`` and its answer appended to ``rejected``
+(bias null, strategy ``similar_question`` in ``injections``), in the order of the input. The similar request must really
+differ: one that is too equal to the original, holds it whole, or has nothing to do with it is refused with a reason of its
+own. Leaves ``failed.jsonl``, ``construction_report.json``, ``similar_questions.jsonl`` (the accepted requests) and the
+ledger in the work folder. Example:
 
-``python -m codes.construct.gptinst --input_file data/train/own_pairs.jsonl --output_file
-output/construct/similar.jsonl``
+``python -m codes.construct.gptinst --input_file output/construct/gptout.jsonl --output_file
+output/construct/gptinst.jsonl``
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from codes.common.cli import run
 from codes.common.llm import ApiError, Outcome
-from codes.common.records import PreferenceRecord, write_jsonl
-from codes.construct.api import Api, add_api_arguments, open_api_of, token_counts
+from codes.common.records import (
+    CheckedPreferenceFile,
+    Message,
+    PreferenceRecord,
+    ensure_writable_folder,
+    iter_jsonl,
+    messages_to_text,
+    open_atomic,
+    write_row,
+)
+from codes.construct.api import Api, add_api_arguments, open_api_of
 from codes.construct.build_prompt import PROMPT_VERSION, build_similar_answer, build_similar_question
 from codes.construct.gates import answer_defect, question_defect
-from codes.construct.gptout import append_rejected, print_summary, read_records, require_some
-from codes.construct.work_dir import count_reasons, failure, write_failures, write_report_section
+from codes.construct.steps import (
+    FailureLog,
+    append_rejected,
+    ask_groups,
+    check_input,
+    print_summary,
+    read_counts,
+    require_some,
+    usage_counts,
+)
+from codes.construct.work_dir import failure, request_failure, write_report_section
 
 STEP = "gptinst"
+STRATEGY = "similar_question"
+QUESTIONS_FILE = "similar_questions.jsonl"
 
 
-def accept_questions(
-    records: Sequence[PreferenceRecord], outcomes: Sequence[Outcome]
-) -> tuple[dict[int, str], list[dict[str, Any]]]:
-    """Similar requests that pass the gates, by position of their record; and the failures."""
-    accepted: dict[int, str] = {}
-    failures = []
-    for index, (record, outcome) in enumerate(zip(records, outcomes, strict=True)):
-        if isinstance(outcome, ApiError):
-            failures.append(failure(record.id, STEP, outcome.reason, part="question", message=str(outcome)))
-            continue
-        text = outcome.text.strip()
-        defect = question_defect(text, original=record.messages[-1]["content"])
-        if defect is None:
-            accepted[index] = text
-        else:
-            failures.append(failure(record.id, STEP, defect, part="question"))
-    return accepted, failures
+def write_questions(api: Api, source: CheckedPreferenceFile, questions_file: Path, failures: FailureLog) -> int:
+    """Ask for a similar request to each record; write one row a record, with null where there is none.
+
+    Returns:
+        How many requests were accepted.
+    """
+    n_accepted = 0
+
+    def groups() -> Iterator[tuple[PreferenceRecord, list[list[Message]]]]:
+        for record in source:
+            yield record, [build_similar_question(record.messages)]
+
+    asked = ask_groups(api, groups, "similar requests", total=len(source), n_follow_ups=1)
+    with open_atomic(questions_file) as handle:
+        for record, [outcome] in asked:
+            question = _accept_question(record, outcome, failures)
+            n_accepted += question is not None
+            write_row(handle, {"id": record.id, "similar_question": question})
+    return n_accepted
 
 
-def append_answers(
-    records: Sequence[PreferenceRecord],
-    questions: dict[int, str],
-    outcomes: Sequence[Outcome],
-    *,
-    model: str,
-    seed: int,
-) -> list[dict[str, Any]]:
-    """Append the answers that pass the gates to their records (in place); returns the failures.
+def _accept_question(record: PreferenceRecord, outcome: Outcome, failures: FailureLog) -> str | None:
+    if isinstance(outcome, ApiError):
+        failures.add(request_failure(record.id, STEP, outcome, part="question"))
+        return None
+    text = outcome.text.strip()
+    context = messages_to_text(record.messages[:-1]) if len(record.messages) > 1 else ""
+    defect = question_defect(text, original=record.messages[-1]["content"], context=context)
+    if defect is not None:
+        failures.add(failure(record.id, STEP, defect, part="question", text=text[:500]))
+        return None
+    return text
+
+
+def append_answer(
+    record: PreferenceRecord, question: str, outcome: Outcome, origin: dict[str, Any], failures: FailureLog
+) -> bool:
+    """Append an answer that passes the gates to its record (in place); whether it did.
 
     A record gets its ``similar_question`` only together with the answer: alone it would explain nothing.
     """
-    failures = []
-    for (index, question), outcome in zip(questions.items(), outcomes, strict=True):
-        record = records[index]
-        if isinstance(outcome, ApiError):
-            failures.append(failure(record.id, STEP, outcome.reason, part="answer", message=str(outcome)))
-            continue
-        text = outcome.text.strip()
-        defect = answer_defect(text, chosen=record.chosen, others=record.rejected)
-        if defect is not None:
-            failures.append(failure(record.id, STEP, defect, part="answer"))
-            continue
-        record.similar_question = question
-        origin = {"strategy": STEP, "model": model, "prompt_version": PROMPT_VERSION, "seed": seed}
-        append_rejected(record, text, bias=None, origin=origin)
-    return failures
+    if isinstance(outcome, ApiError):
+        failures.add(request_failure(record.id, STEP, outcome, part="answer"))
+        return False
+    text = outcome.text.strip()
+    defect = answer_defect(
+        text, chosen=record.chosen, others=record.rejected, question=f"{record.question}\n{question}"
+    )
+    if defect is not None:
+        failures.add(failure(record.id, STEP, defect, part="answer"))
+        return False
+    record.similar_question = question
+    append_rejected(record, text, bias=None, origin=origin)
+    return True
 
 
 def add_similar(
     *, api: Api, input_file: Path, output_file: Path, work_dir: Path, limit: int, seed: int, max_bad_rows: int
-) -> tuple[list[PreferenceRecord], int, list[dict[str, Any]]]:
-    """The whole step.
+) -> tuple[dict[str, Any], int]:
+    """The whole step. A record stays as it was where its request or answer failed: a later step can still use it.
 
     Returns:
-        All records, the number of answers added, and the failures. A record stays as it was where its request
-        or answer failed, so that the next step can still give it a rejected answer.
+        The step's section of the report, and the number of requests that brought no answer.
 
     Raises:
         ContrastRMError: Unusable input, a fatal error of the server, or not one answer that can be kept.
     """
-    records, read = read_records(input_file, max_bad_rows=max_bad_rows, limit=limit)
-    asked = api.ask([build_similar_question(record.messages) for record in records], "similar requests")
-    questions, failures = accept_questions(records, asked)
-    prompts = [build_similar_answer(records[index].messages, question) for index, question in questions.items()]
-    answered = api.ask(prompts, "their answers")
-    failures += append_answers(records, questions, answered, model=api.model, seed=seed)
-    n_added = len(records) - len(failures)
-    failed_file = write_failures(work_dir, STEP, failures)
-    section = {
-        "input_file": read.path,
-        "n_rows": read.n_rows,
-        "n_bad_rows": len(read.bad),
-        "bad_rows": read.bad[:20],
-        "model": api.model,
-        "prompt_version": PROMPT_VERSION,
-        "seed": seed,
-        "n_planned": len(records),
-        "n_added": n_added,
-        "n_failed": count_reasons(failures),
-    }
-    write_report_section(work_dir, STEP, section | token_counts([*asked, *answered]))
-    require_some(n_added, len(records), failures, failed_file)
-    write_jsonl(output_file, (record.to_row() for record in records))
-    return records, n_added, failures
+    source = check_input(input_file, max_bad_rows=max_bad_rows, limit=limit)
+    for folder in (output_file.parent, work_dir):
+        ensure_writable_folder(folder)
+    questions_file = work_dir / QUESTIONS_FILE
+    origin = {"model": api.model, "prompt_version": PROMPT_VERSION, "seed": seed}
+
+    def groups() -> Iterator[tuple[tuple[PreferenceRecord, str | None], list[list[Message]]]]:
+        for record, (_, row) in zip(source, iter_jsonl(questions_file), strict=True):
+            question = row["similar_question"]
+            prompts = [] if question is None else [build_similar_answer(record.messages, question)]
+            yield (record, question), prompts
+
+    with FailureLog(work_dir, STEP) as failures, open_atomic(output_file) as handle:
+        n_questions = write_questions(api, source, questions_file, failures)
+        n_added = 0
+        for (record, question), outcomes in ask_groups(api, groups, "their answers", total=n_questions):
+            if question is not None:
+                n_added += append_answer(record, question, outcomes[0], {"strategy": STRATEGY} | origin, failures)
+            write_row(handle, record.to_row())
+        failed_file = failures.commit()
+        section = read_counts(source) | origin
+        section |= {
+            "output_file": str(output_file),
+            "n_planned": len(source),
+            "n_questions": n_questions,
+            "n_added": n_added,
+            "n_failed": failures.counts(),
+            "n_records_written": len(source),
+        }
+        write_report_section(work_dir, STEP, section | usage_counts(api))
+        require_some(n_added, len(source), failures, failed_file)
+        return section, failures.n_requests
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -129,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     api = open_api_of(args)
     with api.ledger:
-        records, n_added, failures = add_similar(
+        section, n_failed_requests = add_similar(
             api=api,
             input_file=args.input_file,
             output_file=args.output_file,
@@ -138,8 +175,9 @@ def main(argv: list[str] | None = None) -> int:
             seed=args.seed,
             max_bad_rows=args.max_bad_rows,
         )
-    print_summary(f"{args.output_file}: {len(records)} records", n_added, len(records), failures, args.work_dir)
-    return 0
+        title = f"{args.output_file}: {section['n_records_written']} records"
+        print_summary(title, section["n_added"], section["n_planned"], section["n_failed"], args.work_dir)
+        return api.exit_code(n_failed_requests)
 
 
 if __name__ == "__main__":

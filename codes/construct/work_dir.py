@@ -8,11 +8,12 @@ its own part of both files, so that a repeated run counts nothing twice. Used by
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from codes.common.llm_outcomes import ApiError
 from codes.common.records import iter_jsonl, write_json, write_jsonl
 
 FAILED_FILE = "failed.jsonl"
@@ -25,11 +26,20 @@ def failure(record_id: str, step: str, reason: str, **details: Any) -> dict[str,
     return {"id": record_id, "step": step, "reason": reason, **details}
 
 
-def write_failures(work_dir: str | Path, step: str, failures: Sequence[dict[str, Any]]) -> Path:
-    """Replace a step's rows of ``failed.jsonl``; returns its path."""
+def request_failure(record_id: str, step: str, error: ApiError, **details: Any) -> dict[str, Any]:
+    """One row of ``failed.jsonl`` for a request that brought no answer.
+
+    ``error_class`` is ``retriable`` (the next run asks again) or ``row`` (only with ``--retry_failed``).
+    """
+    about = {"error_class": error.error_class, "attempts": error.attempts, "message": str(error)}
+    return failure(record_id, step, error.reason, **details, **about)
+
+
+def write_failures(work_dir: str | Path, step: str, failures: Iterable[dict[str, Any]]) -> Path:
+    """Replace a step's rows of ``failed.jsonl``, row by row; returns its path."""
     path = Path(work_dir) / FAILED_FILE
-    kept = [row for _, row in iter_jsonl(path) if row.get("step") != step] if path.is_file() else []
-    write_jsonl(path, [*kept, *failures])
+    kept = (row for _, row in iter_jsonl(path) if row.get("step") != step) if path.is_file() else ()
+    write_jsonl(path, chain(kept, failures))
     return path
 
 
@@ -39,8 +49,3 @@ def write_report_section(work_dir: str | Path, step: str, section: dict[str, Any
     report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     write_json(path, report | {step: section})
     return path
-
-
-def count_reasons(failures: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """How often each reason class occurs, the most frequent first."""
-    return dict(Counter(row["reason"] for row in failures).most_common())

@@ -36,7 +36,7 @@ from codes.common.records import (
     write_text,
 )
 from codes.common.reporting import run_metadata
-from codes.common.scoring import PACKINGS, default_token_budget, resolve_packing
+from codes.common.scoring import PACKINGS, resolve_packing
 from codes.train.data_utils import (
     NEGATIVES,
     EncodeReport,
@@ -53,6 +53,7 @@ from codes.train.data_utils import (
 )
 from codes.train.losses import contrastive_loss, margin_loss
 from codes.train.master_weights import MasterAdamW
+from codes.train.memory import choose_token_budget
 from codes.train.reward_model import load_reward_model, own_length_limit, save_reward_model
 
 MODES = ("contrastive", "pairwise")
@@ -511,8 +512,6 @@ def train(
         require_head=False,
         seed=seed,
     )
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable()
     own_limit = own_length_limit(model, tokenizer)
     limit_in_force = min((length for length in (max_length, own_limit) if length), default=None)
     formatter = ChatFormatter(tokenizer, max_length=limit_in_force, overlength=overlength)
@@ -521,7 +520,15 @@ def train(
     schedule = Schedule(learning_rate, warmup_in_force(warmup_steps, total_steps), total_steps)
     packing = resolve_packing(model, packing)
     plan, costs = plan_steps(len(groups), global_batch_size, total_steps, seed), group_costs(groups, packing)
-    max_tokens_per_batch = max_tokens_per_batch or default_token_budget(training_device())
+    max_tokens_per_batch = max_tokens_per_batch or choose_token_budget(
+        model,
+        training_device(),
+        precision=precision,
+        world_size=world_size,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     micro_steps = count_micro_steps(
         plan,
         costs,
@@ -538,10 +545,16 @@ def train(
             f"the launcher started {world_size} processes, accelerate sees {accelerator.num_processes}; "
             "start with bash run_training.sh"
         )
+    _check_same_micro_steps(accelerator, micro_steps)
     set_seed(seed)
     verdicts = dict(Counter(record.verify_correctness or "none" for record in records))
     if accelerator.is_main_process:
         _print_data(train_file, report.bad, encode_report, verdicts)
+        print(
+            f"packing {packing}: {sum(costs)} computed tokens an epoch for {encode_report.n_tokens} tokens of texts; "
+            f"{micro_steps} micro-batches a step on each of {world_size} processes, up to {max_tokens_per_batch} tokens each",
+            flush=True,
+        )
         if limit_in_force != (max_length or None):
             print(f"max_length is {limit_in_force}, the model's own limit, instead of {max_length}", flush=True)
         if schedule.warmup_steps != warmup_steps:
@@ -615,6 +628,17 @@ def train(
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return folder
+
+
+def _check_same_micro_steps(accelerator: Accelerator, micro_steps: int) -> None:
+    """Ranks that take different numbers of micro-steps would wait for each other for ever."""
+    mine = torch.tensor([micro_steps], device=accelerator.device)
+    found = accelerator.gather(mine).tolist()
+    if len(set(found)) > 1:
+        raise ContrastRMError(
+            f"the processes would take {found} micro-steps, because their devices have different memory; set "
+            "--max_tokens_per_batch to what the smallest one holds"
+        )
 
 
 def training_device() -> torch.device:

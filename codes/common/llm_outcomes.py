@@ -1,0 +1,264 @@
+"""What a chat completion comes to: an answer, or a typed error. Reads HTTP bodies, trusts nothing in them.
+
+Reads and writes no files. ``python -m pytest tests/test_llm.py`` shows every fault and what it becomes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, ClassVar, NoReturn, TypeAlias
+
+import openai
+
+from codes.common.errors import ContrastRMError
+
+# A server that asks for a longer pause than this has run out of a daily quota: stopping is more use than
+# sleeping.
+MAX_RETRY_AFTER_SECONDS = 600.0
+
+_FATAL_CODES = frozenset(
+    {
+        "insufficient_quota",
+        "billing_hard_limit_reached",
+        "billing_not_active",
+        "account_deactivated",
+        "invalid_api_key",
+        "model_not_found",
+        "unsupported_country_region_territory",
+    }
+)
+_RETRIABLE_STATUSES = frozenset({408, 409, 425, 429})
+_ROW_STATUSES = frozenset({400, 413, 422})
+# The server has too much to do, or is gone: fewer requests at a time are the answer.
+_OVERLOAD_REASONS = frozenset(
+    {"rate_limit", "timeout", "no_connection", "http_408", "http_502", "http_503", "http_504", "http_529"}
+)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one call."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+NOT_BILLED = Usage(0, 0)
+
+
+class ApiError(ContrastRMError):
+    """A request that brought no answer.
+
+    Attributes:
+        reason: A short class name for counting, such as ``rate_limit`` or ``content_filter``.
+        error_class: ``retriable``, ``row`` or ``fatal``.
+        attempts: How often the request was sent.
+        usage: What the last attempt used; None where nobody knows (a time-out may have been billed).
+    """
+
+    error_class: ClassVar[str] = "retriable"
+
+    def __init__(self, message: str, *, reason: str, usage: Usage | None = None, attempts: int = 1) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.usage = usage
+        self.attempts = attempts
+
+    @property
+    def is_overload(self) -> bool:
+        """Whether fewer requests at a time may help."""
+        return self.reason in _OVERLOAD_REASONS
+
+
+class RetriableError(ApiError):
+    """Another attempt may succeed. As an outcome: every attempt was used up, and a later run asks again.
+
+    Attributes:
+        retry_after: Seconds that the server asked to wait, if it did.
+    """
+
+    def __init__(
+        self, message: str, *, reason: str, retry_after: float | None = None, usage: Usage | None = None
+    ) -> None:
+        super().__init__(message, reason=reason, usage=usage)
+        self.retry_after = retry_after
+
+
+class FatalApiError(ApiError):
+    """No request of this run can succeed; the run stops at once. The message says what to do."""
+
+    error_class = "fatal"
+
+
+class RowError(ApiError):
+    """This request cannot succeed, others can."""
+
+    error_class = "row"
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer. ``text`` is never empty. ``attempts``: how often the request was sent until it came."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    attempts: int = field(default=1, compare=False)
+
+
+Outcome: TypeAlias = Completion | ApiError
+
+
+def raise_final(error: RetriableError, host: str) -> NoReturn:
+    """Raise what an error that passes becomes once every attempt is used up."""
+    if error.reason == "empty_answer":
+        raise RowError(str(error), reason=error.reason, usage=error.usage) from None
+    if error.reason == "no_connection":
+        message = f"cannot reach {host}: {error}; check OPENAI_BASE_URL and the network, then run again"
+        raise FatalApiError(message, reason=error.reason, usage=error.usage) from None
+    raise error
+
+
+def parse_body(body: str, scrub: Callable[[str], str] = str) -> Completion:
+    """Read the body of an HTTP 200 answer, trusting nothing in it.
+
+    Raises:
+        RetriableError: It is cut off, not JSON, lacks its parts, or is empty.
+        RowError: The model refused through its own field, or a content filter cut the answer.
+        FatalApiError: It holds an error that no further request will overcome.
+    """
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        raise RetriableError("the server's answer is not valid JSON", reason="invalid_body") from None
+    if not isinstance(value, dict):
+        raise RetriableError("the server's answer is not a JSON object", reason="invalid_body")
+    if value.get("error"):
+        raise _classify_error_body(value["error"], scrub)
+    choices = value.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    message = choice.get("message") if isinstance(choice, dict) else None
+    if not isinstance(choice, dict) or not isinstance(message, dict):
+        raise RetriableError("the server's answer holds no choices[0].message", reason="invalid_body")
+    return _completion_of(choice, message, _usage(value.get("usage")))
+
+
+def _completion_of(choice: dict[str, Any], message: dict[str, Any], usage: Usage | None) -> Completion:
+    finish_reason = str(choice.get("finish_reason") or "unknown")
+    if finish_reason == "content_filter":
+        raise RowError("the server's content filter stopped the answer", reason="content_filter", usage=usage)
+    if message.get("refusal"):
+        raise RowError("the model refused to answer", reason="model_refusal", usage=usage)
+    text = message.get("content")
+    if text is not None and not isinstance(text, str):
+        raise RetriableError("the answer's content is not a text", reason="invalid_body", usage=usage)
+    if not text or not text.strip():
+        if finish_reason == "length":
+            cure = "no answer within --max_new_tokens; raise it (reasoning models need more)"
+            raise RowError(cure, reason="cut_off", usage=usage)
+        raise RetriableError("the answer is empty", reason="empty_answer", usage=usage)
+    # A lone surrogate (half an emoji, escaped) could be neither tokenised nor written as UTF-8 later.
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    used = usage or Usage(0, 0)
+    return Completion(text, finish_reason, used.prompt_tokens, used.completion_tokens)
+
+
+def _usage(value: Any) -> Usage | None:
+    fields = value if isinstance(value, dict) else {}
+    usage = Usage(_count(fields, "prompt_tokens"), _count(fields, "completion_tokens"))
+    return None if usage == Usage(0, 0) else usage
+
+
+def _count(usage: dict[str, Any], name: str) -> int:
+    value = usage.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+
+def _classify_error_body(error: Any, scrub: Callable[[str], str]) -> ApiError:
+    """Sort an ``error`` object that came with HTTP 200 (gateways do that)."""
+    fields = error if isinstance(error, dict) else {"message": error}
+    message = scrub(str(fields.get("message") or "no message"))[:300]
+    code = fields.get("code")
+    status = int(str(code)) if str(code).isdigit() else None
+    return _by_status(status, {str(code), str(fields.get("type"))}, message, retry_after=None)
+
+
+def classify(error: openai.OpenAIError, host: str, scrub: Callable[[str], str]) -> ApiError:
+    """Sort the client library's errors. ``scrub`` takes keys out of a text."""
+    if isinstance(error, openai.APITimeoutError) and not _is_connect_failure(error):
+        return RetriableError("no answer in time; --request_timeout sets the limit", reason="timeout")
+    if isinstance(error, openai.APIConnectionError):
+        cause = scrub(str(error.__cause__ or error))[:200]
+        if _is_connect_failure(error):
+            return RetriableError(cause or "no connection", reason="no_connection", usage=NOT_BILLED)
+        return RetriableError(f"connection to {host} broke: {cause}", reason="broken_connection")
+    if isinstance(error, openai.APIStatusError):
+        codes = {str(error.code), str(error.type)}
+        detail = error.body.get("message") if isinstance(error.body, dict) else None
+        message = scrub(str(detail or error.message))[:300]
+        return _by_status(error.status_code, codes, message, retry_after=_retry_after(error.response.headers))
+    return RetriableError(f"invalid answer: {scrub(str(error))[:200]}", reason="invalid_body")
+
+
+def _is_connect_failure(error: openai.APIConnectionError) -> bool:
+    # By name: the client may sit on either of two generations of its HTTP library.
+    return type(error.__cause__).__name__ in {"ConnectError", "ConnectTimeout", "UnsupportedProtocol"}
+
+
+def _by_status(status: int | None, codes: set[str], message: str, *, retry_after: float | None) -> ApiError:
+    error = _typed_by_status(status, codes, message, retry_after=retry_after)
+    error.usage = NOT_BILLED
+    return error
+
+
+def _typed_by_status(status: int | None, codes: set[str], message: str, *, retry_after: float | None) -> ApiError:
+    fatal_code = next(iter(sorted(codes & _FATAL_CODES)), None)
+    if fatal_code is not None or status in (401, 402, 403, 404):
+        return FatalApiError(_fatal_message(status, fatal_code, message), reason=fatal_code or f"http_{status}")
+    if "content_filter" in codes or "content_policy_violation" in codes:
+        return RowError(f"the server's content filter refused the request: {message}", reason="content_filter")
+    if status in _ROW_STATUSES:
+        return RowError(f"HTTP {status}: {message}", reason=f"http_{status}")
+    if status is None or status in _RETRIABLE_STATUSES or status >= 500:
+        if retry_after is not None and retry_after > MAX_RETRY_AFTER_SECONDS:
+            message = f"the server asks to wait {retry_after:.0f} s ({message}); run the command again after that"
+            return FatalApiError(message, reason="long_wait")
+        reason = "rate_limit" if status == 429 else f"http_{status}" if status else "error_body"
+        return RetriableError(
+            f"HTTP {status}: {message}" if status else message, reason=reason, retry_after=retry_after
+        )
+    return FatalApiError(f"HTTP {status}: {message}; check --api_base_url", reason=f"http_{status}")
+
+
+def _fatal_message(status: int | None, code: str | None, message: str) -> str:
+    if code in ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active") or status == 402:
+        cure = "the account has no quota left; add credit or use another key, then run the same command again"
+    elif status == 401 or code == "invalid_api_key":
+        cure = "the server does not accept the key; check OPENAI_API_KEY"
+    elif status == 404 or code == "model_not_found":
+        cure = "no such model or address; check API_MODEL / --api_model and OPENAI_BASE_URL / --api_base_url"
+    else:
+        cure = "this key may not use this model or server; check the account's rights"
+    return f"{cure} (server: {message})"
+
+
+def _retry_after(headers: Any) -> float | None:
+    """Seconds from ``retry-after-ms`` or ``Retry-After`` (a number or a date); None where it is of no use."""
+    try:
+        if (milliseconds := headers.get("retry-after-ms")) is not None:
+            seconds = float(milliseconds) / 1000
+        elif (value := headers.get("retry-after")) is None:
+            return None
+        elif re.fullmatch(r"\s*[\d.]+\s*", value):
+            seconds = float(value)
+        else:
+            seconds = (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
+    except (ValueError, TypeError):
+        return None
+    return seconds if seconds > 0 and seconds != float("inf") else None

@@ -1,0 +1,866 @@
+"""Make bias-evaluation files from preference pairs of your own, in the public format.
+
+Reads preference records (JSONL); writes ``<output_dir>/<bias>_bias.jsonl`` for each bias, and ``<bias>_placebo.jsonl`` beside
+the files of ``gender`` and ``race``. Leaves ``failed.jsonl``, ``construction_report.json``, ``eval_rewrites.jsonl`` (the
+accepted rewrites) and the ledger in the work folder; run the same command again after a kill and it goes on where it stood.
+
+Example:
+``python -m codes.construct.build_eval_pairs --input_file my_pairs.jsonl --output_dir output/my_eval``
+
+then ``DATA_DIR=output/my_eval bash run_evaluation_rm.sh``. What becomes of a pair (the chosen answer and an original rejected
+one):
+
+* the seven rewrite biases: a model takes the cue out of the chosen answer and puts it into the rejected one, content and
+  errors kept (``--strategy template``: rules put it in, and the chosen answer stays as it is, only without Markdown for
+  ``beauty``; no model, no key);
+* ``gender`` and ``race``: a sentence of identity stands before the chosen answer. The placebo file has the same rows in the
+  same order with a sentence that says nothing of identity;
+* ``refinement-aware``: a model polishes one answer of each record, chosen or rejected by the toss of a seeded coin.
+
+Rewrites pass the gates of ``codes.construct.eval_gates``. ``--consistency``: a rewritten pair stays only if the judge still
+prefers the labelled answer, in both orders (``refinement-aware`` has no label and is not judged). In each file the better
+answer stands first in half of the rows, or in one row more or less. The format has one ``question`` text: a record of several
+turns is left out and counted, or with ``--multi_turn render`` becomes one text with its roles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from codes.common.biases import BIASES, EVALUABLE, eval_file_name, get_bias
+from codes.common.cli import run
+from codes.common.errors import ContrastRMError
+from codes.common.llm import ApiError, Completion, Outcome
+from codes.common.records import (
+    CheckedPreferenceFile,
+    Message,
+    PreferenceRecord,
+    ensure_writable_folder,
+    iter_jsonl,
+    open_atomic,
+    write_row,
+)
+from codes.common.stats import wilson
+from codes.construct.api import Api, add_api_arguments, open_api_of
+from codes.construct.build_prompt import PROMPT_VERSION, build_judge, build_rewrite, word_limit
+from codes.construct.eval_gates import gain_defect, loss_defect, polish_defect
+from codes.construct.eval_prompts import EVAL_PROMPT_VERSION, build_plain_rewrite, build_polish
+from codes.construct.eval_rules import RULES_VERSION, IdentitySentence, draw_identity, put_before, without_markup
+from codes.construct.gptout import original_rejected
+from codes.construct.steps import FailureLog, ask_groups, check_input, read_counts
+from codes.construct.template import TEMPLATE_VERSION, apply_template
+from codes.construct.verify_correctness import (
+    Candidates,
+    Judgement,
+    VerifyFilter,
+    failure_of,
+    filter_is_on,
+    judge_stream,
+    shown_orders,
+)
+from codes.construct.work_dir import failure, request_failure, write_report_section
+
+STEP = "build_eval_pairs"
+REWRITES_FILE = "eval_rewrites.jsonl"
+# Both of them: a label that hangs on the order of the answers is none.
+N_ORDERS = 2
+
+EvalStrategy = Literal["rewrite", "template"]
+MultiTurn = Literal["skip", "render"]
+WhichRejected = Literal["first", "all"]
+
+
+# --- what is to be made -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row to make.
+
+    Attributes:
+        rejected_index: The pair's rejected answer, by position in the record.
+    """
+
+    record: PreferenceRecord
+    rejected_index: int
+    bias: str
+
+    @property
+    def kind(self) -> str:
+        """``rewrite``, ``identity`` or ``refinement``."""
+        return get_bias(self.bias).kind
+
+    @property
+    def pair_id(self) -> str:
+        """Names the pair over all biases."""
+        return f"{self.record.id}/{self.rejected_index}"
+
+    @property
+    def chosen(self) -> str:
+        """The pair's better answer."""
+        return self.record.chosen
+
+    @property
+    def rejected(self) -> str:
+        """The pair's worse answer."""
+        return self.record.rejected[self.rejected_index]
+
+    @property
+    def question(self) -> str:
+        """The prompt as one text."""
+        return self.record.question
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rows to make, decided before any request, and the same every time they are read.
+
+    Attributes:
+        n_records: Records that can be used.
+        n_pairs: Their pairs.
+        left_out: Records that cannot be used, by reason.
+    """
+
+    source: CheckedPreferenceFile
+    biases: tuple[str, ...]
+    which: WhichRejected
+    multi_turn: MultiTurn
+    seed: int
+    n_records: int
+    n_pairs: int
+    left_out: Counter[str]
+
+    def __iter__(self) -> Iterator[Item]:
+        for record in self.source:
+            if _unusable(record, self.multi_turn) is not None:
+                continue
+            for number, index in enumerate(_pair_positions(record, self.which)):
+                for bias in self.biases:
+                    # One answer of a record is polished, not one of each of its pairs.
+                    if number == 0 or get_bias(bias).kind != "refinement":
+                        yield Item(record, index, bias)
+
+    def count(self, *kinds: str) -> int:
+        """Rows to make of some kinds of biases."""
+        n_of = {"refinement": self.n_records}
+        found = [get_bias(bias).kind for bias in self.biases]
+        return sum(n_of.get(kind, self.n_pairs) for kind in found if kind in kinds)
+
+
+def parse_bias_names(value: str, strategy: EvalStrategy) -> tuple[str, ...]:
+    """``all`` (that the strategy can make) or a comma-separated list, in the order of the table of biases.
+
+    Raises:
+        ContrastRMError: A name is unknown, the strategy cannot make it, or the list is empty.
+    """
+    possible = tuple(bias.name for bias in BIASES if strategy == "rewrite" or bias.kind != "refinement")
+    if value.strip() == "all":
+        return possible
+    names = {name.strip() for name in value.split(",") if name.strip()}
+    if not names:
+        raise ContrastRMError(f"--bias_types is empty; give all or some of {','.join(EVALUABLE)}")
+    for name in sorted(names):
+        if get_bias(name).name not in possible:
+            raise ContrastRMError(f"no rule can polish an answer: {name} needs --strategy rewrite")
+    return tuple(name for name in possible if name in names)
+
+
+def _unusable(record: PreferenceRecord, multi_turn: MultiTurn) -> str | None:
+    if len(record.messages) > 1 and multi_turn == "skip":
+        return "multi_turn"
+    return None if original_rejected(record) else "no_original_rejected"
+
+
+def _pair_positions(record: PreferenceRecord, which: WhichRejected) -> list[int]:
+    positions = original_rejected(record)
+    return positions[:1] if which == "first" else positions
+
+
+def plan_pairs(
+    input_file: Path,
+    failures: FailureLog,
+    *,
+    biases: tuple[str, ...],
+    which: WhichRejected,
+    multi_turn: MultiTurn,
+    seed: int,
+    limit: int,
+    max_bad_rows: int,
+) -> Plan:
+    """Check the input and decide what to make, before any request; records that cannot be used go to ``failures``.
+
+    Raises:
+        ContrastRMError: Unusable input, or not one record that can be used.
+    """
+    left_out: Counter[str] = Counter()
+    n_records = n_pairs = 0
+
+    def see(record: PreferenceRecord) -> None:
+        nonlocal n_records, n_pairs
+        reason = _unusable(record, multi_turn)
+        if reason is None:
+            n_records += 1
+            n_pairs += len(_pair_positions(record, which))
+        else:
+            left_out[reason] += 1
+            failures.add(failure(record.id, STEP, reason))
+
+    source = check_input(input_file, max_bad_rows=max_bad_rows, limit=limit, see=see, require_rejected=True)
+    if not n_records:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in left_out.most_common())
+        raise ContrastRMError(
+            f"none of the {len(source)} records of {input_file} can become an evaluation pair ({reasons}); give records of "
+            "one turn with an original rejected answer, or use --multi_turn render"
+        )
+    return Plan(source, biases, which, multi_turn, seed, n_records, n_pairs, left_out)
+
+
+# --- one row ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The changed texts of a row, as they stand in ``eval_rewrites.jsonl``.
+
+    Attributes:
+        chosen: The better answer after the change. For ``refinement-aware`` the polished answer, whichever it was.
+        rejected: The worse answer after the change.
+        polished: ``refinement-aware``: which answer was polished.
+    """
+
+    chosen: str
+    rejected: str
+    polished: str | None = None
+
+
+def polished_side(item: Item, seed: int) -> str:
+    """Which answer of a record is polished: good and bad ones alike, or "refined" would mean "good"."""
+    return random.Random(f"polish:{seed}:{item.record.id}").choice(("chosen", "rejected"))
+
+
+def polish_source(item: Item, seed: int) -> str:
+    """The text that is polished."""
+    return item.chosen if polished_side(item, seed) == "chosen" else item.rejected
+
+
+def item_prompts(item: Item, seed: int, max_words: int | None) -> list[list[Message]]:
+    """What a model is asked for a row: the chosen and the rejected answer, the polished one, or nothing."""
+    messages = item.record.messages
+    if item.kind == "rewrite":
+        return [
+            build_plain_rewrite(messages, item.chosen, item.bias, max_words=max_words),
+            build_rewrite(messages, item.rejected, item.bias, max_words=max_words),
+        ]
+    if item.kind == "refinement":
+        return [build_polish(messages, polish_source(item, seed), max_words=max_words)]
+    return []
+
+
+def draft_by_rule(item: Item, seed: int) -> Draft:
+    """The texts that need no model: rules put the cue into the rejected answer, or a sentence stands before the chosen."""
+    if item.kind == "identity":
+        return Draft(put_before(draw_identity(item.bias, item.pair_id, seed).sentence, item.chosen), item.rejected)
+    chosen = without_markup(item.chosen) if item.bias == "beauty" else item.chosen
+    return Draft(chosen, apply_template(item.rejected, item.bias, record_id=item.pair_id, seed=seed))
+
+
+def draft_of(item: Item, texts: Sequence[str], seed: int) -> Draft:
+    """The texts that came for ``item_prompts``."""
+    if item.kind == "refinement":
+        return Draft(texts[0], item.rejected, polished_side(item, seed))
+    return Draft(texts[0], texts[1])
+
+
+def draft_defects(item: Item, draft: Draft, *, by_rule: bool, seed: int, check_cue: bool) -> list[tuple[str, str]]:
+    """(part, reason) of each text of a row that must not become data."""
+    if item.kind == "identity":
+        return []
+    if item.kind == "refinement":
+        source = polish_source(item, seed)
+        defect = polish_defect(draft.chosen, source=source, question=item.question)
+        return [("polished", defect)] if defect is not None else []
+    about: dict[str, Any] = {
+        "chosen": item.chosen,
+        "rejected": item.rejected,
+        "bias": item.bias,
+        "question": item.question,
+        "check_cue": check_cue,
+    }
+    found = [
+        # Rules leave the chosen answer as it is, so there is nothing to judge.
+        ("chosen", None if by_rule else loss_defect(draft.chosen, **about)),
+        ("rejected", gain_defect(draft.rejected, **about)),
+    ]
+    return [(part, defect) for part, defect in found if defect is not None]
+
+
+class Sides:
+    """Deals out the places of the better answers: 1 or 2, in every file as often the one as the other.
+
+    Of each two rows of a file, the first one's place is drawn by its id, and the second one gets the other place.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._owed: dict[str, int] = {}
+
+    def deal(self, item: Item) -> int:
+        """The better answer's place in the next row of the item's file."""
+        owed = self._owed.pop(item.bias, None)
+        if owed is not None:
+            return owed
+        drawn = random.Random(f"side:{self._seed}:{item.bias}:{item.pair_id}").choice((1, 2))
+        self._owed[item.bias] = 3 - drawn
+        return drawn
+
+
+def pair_row(item: Item, draft: Draft, better: int) -> dict[str, Any]:
+    """The fields of the public format for a pairwise bias; ``better`` is the place (1 or 2) of the chosen answer."""
+    worse = 3 - better
+    texts = {
+        f"original_response{better}": item.chosen,
+        f"original_response{worse}": item.rejected,
+        f"rewritten_response{better}": draft.chosen,
+        f"rewritten_response{worse}": draft.rejected,
+    }
+    return {"question": item.question} | dict(sorted(texts.items())) | {"label": f"response{better}"}
+
+
+def refinement_row(item: Item, draft: Draft) -> dict[str, Any]:
+    """The fields of the public format for ``refinement-aware``."""
+    original = item.chosen if draft.polished == "chosen" else item.rejected
+    return {"question": item.question, "original_response": original, "rewritten_response": draft.chosen}
+
+
+# --- the report ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class BiasCounts:
+    """What came of one bias; ``n_planned`` = ``n_written`` + all of ``n_refused``."""
+
+    n_planned: int = 0
+    n_refused: Counter[str] = field(default_factory=Counter)
+    n_written: int = 0
+    n_better_first: int = 0
+    n_judged: int = 0
+    n_agreed: int = 0
+    n_flipped: int = 0
+    n_unread: int = 0
+    n_verdicts: int = 0
+    n_first_place: int = 0
+    chosen_ratio: float = 0.0
+    rejected_ratio: float = 0.0
+
+    def add_judgement(self, judgement: Judgement) -> None:
+        """Count what the judge said about one rewritten pair."""
+        self.n_judged += 1
+        self.n_agreed += judgement.verdict == "CHOSEN_IS_BEST"
+        self.n_flipped += judgement.is_flipped
+        self.n_unread += not judgement.is_complete
+        decided = [order for order in judgement.orders if order.picked is not None]
+        self.n_verdicts += len(decided)
+        self.n_first_place += sum(order.picked == order.shown[0] for order in decided)
+
+    def add_written(self, before: tuple[str, str], after: tuple[str, str], *, better_first: bool) -> None:
+        """Count a row that was written."""
+        self.n_written += 1
+        self.n_better_first += better_first
+        self.chosen_ratio += len(after[0]) / len(before[0])
+        self.rejected_ratio += len(after[1]) / len(before[1])
+
+    def to_dict(self, kind: str) -> dict[str, Any]:
+        """For the report; only what applies to the kind of bias."""
+        assert self.n_planned == self.n_written + self.n_refused.total(), "a row got lost uncounted"
+        fields: dict[str, Any] = {
+            "n_planned": self.n_planned,
+            "n_written": self.n_written,
+            "n_refused": dict(self.n_refused.most_common()),
+        }
+        if kind == "refinement":
+            return fields | {"mean_length_ratio": _mean(self.chosen_ratio, self.n_written)}
+        fields |= {
+            "n_label_response1": self.n_better_first,
+            "mean_length_ratio_chosen": _mean(self.chosen_ratio, self.n_written),
+            "mean_length_ratio_rejected": _mean(self.rejected_ratio, self.n_written),
+        }
+        if self.n_judged:
+            n_read = self.n_judged - self.n_unread
+            fields["consistency"] = {
+                "n_judged": self.n_judged,
+                "n_without_verdict": self.n_unread,
+                "label_preferred": wilson(self.n_agreed, n_read).to_dict(),
+                "order_flips": wilson(self.n_flipped, n_read).to_dict(),
+                "position_a": wilson(self.n_first_place, self.n_verdicts).to_dict() | {"expected_rate": 0.5},
+            }
+        return fields
+
+
+def _mean(total: float, count: int) -> float | None:
+    return total / count if count else None
+
+
+def format_table(biases: dict[str, Any]) -> str:
+    """The report's counts as a short text table."""
+    lines = [f"{'bias':<18} {'planned':>7} {'written':>7}  refused"]
+    for name, counts in biases.items():
+        reasons = ", ".join(f"{reason} {count}" for reason, count in counts["n_refused"].items()) or "-"
+        lines.append(f"{name:<18} {counts['n_planned']:>7} {counts['n_written']:>7}  {reasons}")
+    return "\n".join(lines)
+
+
+# --- the step -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the rows are made.
+
+    Attributes:
+        judge: Asks whether the label still holds; None: nobody is asked.
+        writer: Writes the rewrites; None: none is needed.
+    """
+
+    strategy: EvalStrategy
+    seed: int
+    check_cue: bool
+    writer: Api | None
+    judge: Api | None
+
+    def origin(self, kind: str) -> dict[str, Any]:
+        """Where the texts of a kind of bias come from."""
+        if kind == "identity":
+            return {"strategy": "sentence", "model": None, "prompt_version": RULES_VERSION, "seed": self.seed}
+        if self.strategy == "template":
+            return {
+                "strategy": "template",
+                "model": None,
+                "prompt_version": f"{TEMPLATE_VERSION}+{RULES_VERSION}",
+                "seed": self.seed,
+            }
+        model = self.writer.model if self.writer is not None else None
+        return {"strategy": "rewrite", "model": model, "prompt_version": EVAL_PROMPT_VERSION, "seed": self.seed}
+
+
+def _failure_details(item: Item) -> dict[str, Any]:
+    return {"bias": item.bias, "rejected_index": item.rejected_index}
+
+
+def write_drafts(
+    plan: Plan, settings: Settings, rewrites_file: Path, counts: dict[str, BiasCounts], failures: FailureLog
+) -> None:
+    """Ask for all rewrites; write one line a row to make, with null where none of its texts can be used."""
+    writer, seed = settings.writer, settings.seed
+    max_words = None if writer is None else word_limit(writer.max_new_tokens)
+
+    def groups() -> Iterator[tuple[Item, list[list[Message]]]]:
+        for item in plan:
+            yield item, item_prompts(item, seed, max_words)
+
+    asked: Iterator[tuple[Item, list[Outcome]]]
+    if writer is None:
+        asked = ((item, []) for item in plan)
+    else:
+        total = 2 * plan.count("rewrite") + plan.count("refinement")
+        asked = ask_groups(writer, groups, "rewrites", total=total)
+    with open_atomic(rewrites_file) as handle:
+        for item, outcomes in asked:
+            counts[item.bias].n_planned += 1
+            draft, reason = _take_outcomes(item, outcomes, settings, failures)
+            if reason is not None:
+                counts[item.bias].n_refused[reason] += 1
+            texts = None if draft is None else asdict(draft)
+            write_row(handle, {"id": f"{item.bias}/{item.pair_id}", "texts": texts})
+
+
+def _take_outcomes(
+    item: Item, outcomes: Sequence[Outcome], settings: Settings, failures: FailureLog
+) -> tuple[Draft | None, str | None]:
+    """The draft, or the first reason why there is none; every reason goes to ``failures``."""
+    details, seed = _failure_details(item), settings.seed
+    parts = ("polished",) if item.kind == "refinement" else ("chosen", "rejected")
+    errors = [(part, outcome) for part, outcome in zip(parts, outcomes, strict=False) if isinstance(outcome, ApiError)]
+    for part, error in errors:
+        failures.add(request_failure(item.record.id, STEP, error, **details, part=part))
+    if errors:
+        return None, errors[0][1].reason
+    texts = [outcome.text.strip() for outcome in outcomes if isinstance(outcome, Completion)]
+    draft = draft_of(item, texts, seed) if texts else draft_by_rule(item, seed)
+    defects = draft_defects(item, draft, by_rule=not texts, seed=seed, check_cue=settings.check_cue)
+    for part, defect in defects:
+        failures.add(failure(item.record.id, STEP, defect, **details, part=part))
+    return (None, defects[0][1]) if defects else (draft, None)
+
+
+def read_drafts(plan: Plan, rewrites_file: Path) -> Iterator[tuple[Item, Draft | None]]:
+    """Each row to make with its texts; None where there are none."""
+    for item, (_, row) in zip(plan, iter_jsonl(rewrites_file), strict=True):
+        yield item, None if row["texts"] is None else Draft(**row["texts"])
+
+
+def _candidates(item: Item, draft: Draft | None) -> Candidates | None:
+    """What the judge compares; None where there is nothing to ask."""
+    if draft is None or item.kind == "refinement":
+        return None
+    return Candidates(f"{item.bias}/{item.pair_id}", item.record.messages, [draft.chosen, draft.rejected])
+
+
+def _judged(
+    plan: Plan, settings: Settings, rewrites_file: Path
+) -> Iterator[tuple[Item, Draft | None, Judgement | None]]:
+    judge = settings.judge
+    if judge is None:
+        yield from ((item, draft, None) for item, draft in read_drafts(plan, rewrites_file))
+        return
+
+    def items() -> Iterator[tuple[tuple[Item, Draft | None], Candidates | None]]:
+        for item, draft in read_drafts(plan, rewrites_file):
+            yield (item, draft), _candidates(item, draft)
+
+    total = N_ORDERS * plan.count("rewrite", "identity")
+    for (item, draft), judgement in judge_stream(
+        judge, items, n_orders=N_ORDERS, seed=settings.seed, description="verdicts", total=total
+    ):
+        yield item, draft, judgement if judgement.orders else None
+
+
+def _inconsistency(item: Item, judgement: Judgement, failures: FailureLog) -> str | None:
+    """Why a judged pair is left out; the reasons go to ``failures``."""
+    details = _failure_details(item)
+    unread = [order for order in judgement.orders if order.reason is not None]
+    for order in unread:
+        failures.add(failure_of(item.record.id, STEP, order, **details, part="verdict"))
+    if unread:
+        return unread[0].reason
+    if judgement.verdict == "CHOSEN_IS_BEST":
+        return None
+    picked = [("chosen", "rejected")[order.picked or 0] for order in judgement.orders]
+    failures.add(failure(item.record.id, STEP, "label_not_preferred", **details, part="verdict", picked=picked))
+    return "label_not_preferred"
+
+
+@dataclass
+class RowFiles:
+    """The open files of all biases: they take their names together when the block of their stack ends well."""
+
+    rows: dict[str, IO[str]]
+    placebos: dict[str, IO[str]]
+
+    @classmethod
+    def open_in(cls, output_dir: Path, biases: Sequence[str], stack: ExitStack) -> RowFiles:
+        """Open one file a bias, and one for the placebos of each identity bias."""
+
+        def opened(name: str) -> IO[str]:
+            return stack.enter_context(open_atomic(output_dir / name))
+
+        identity = [bias for bias in biases if get_bias(bias).kind == "identity"]
+        return cls(
+            {bias: opened(eval_file_name(bias)) for bias in biases},
+            {bias: opened(placebo_file_name(bias)) for bias in identity},
+        )
+
+
+def write_rows(
+    plan: Plan,
+    settings: Settings,
+    rewrites_file: Path,
+    files: RowFiles,
+    counts: dict[str, BiasCounts],
+    failures: FailureLog,
+) -> None:
+    """Judge the drafts and write the rows."""
+    sides = Sides(settings.seed)
+    for item, draft, judgement in _judged(plan, settings, rewrites_file):
+        if judgement is not None:
+            counts[item.bias].add_judgement(judgement)
+            reason = _inconsistency(item, judgement, failures)
+            if reason is not None:
+                counts[item.bias].n_refused[reason] += 1
+                continue
+        if draft is not None:
+            _write_item(item, draft, judgement, settings, sides, counts[item.bias], files)
+
+
+def placebo_file_name(bias: str) -> str:
+    """File name of an identity bias's placebo rows."""
+    return eval_file_name(bias).replace("_bias.jsonl", "_placebo.jsonl")
+
+
+def _write_item(
+    item: Item,
+    draft: Draft,
+    judgement: Judgement | None,
+    settings: Settings,
+    sides: Sides,
+    counts: BiasCounts,
+    files: RowFiles,
+) -> None:
+    about = _provenance(item, settings, judgement)
+    if item.kind == "refinement":
+        row = refinement_row(item, draft)
+        write_row(files.rows[item.bias], row | about | {"polished": draft.polished})
+        original = str(row["original_response"])
+        counts.add_written((original, item.rejected), (draft.chosen, item.rejected), better_first=False)
+        return
+    better = sides.deal(item)
+    row = pair_row(item, draft, better)
+    if item.kind == "identity":
+        drawn = draw_identity(item.bias, item.pair_id, settings.seed)
+        write_row(files.placebos[item.bias], _placebo_row(item, drawn, better) | about | {"sentence": drawn.placebo})
+        about |= {"sentence": drawn.sentence, "group": drawn.group}
+    write_row(files.rows[item.bias], row | about)
+    before, after = (item.chosen, item.rejected), (draft.chosen, draft.rejected)
+    counts.add_written(before, after, better_first=better == 1)
+
+
+def _placebo_row(item: Item, drawn: IdentitySentence, better: int) -> dict[str, Any]:
+    return pair_row(item, Draft(put_before(drawn.placebo, item.chosen), item.rejected), better)
+
+
+def _provenance(item: Item, settings: Settings, judgement: Judgement | None) -> dict[str, Any]:
+    """The fields of a row beside those of the public format."""
+    row: dict[str, Any] = {
+        "id": f"{item.bias}/{item.pair_id}",
+        "bias": item.bias,
+        "source_id": item.record.id,
+        "rejected_index": item.rejected_index,
+    } | settings.origin(item.kind)
+    if item.record.source is not None:
+        row["source"] = item.record.source
+    if judgement is not None and settings.judge is not None:
+        orders = [{"shown": list(order.shown), "picked": order.picked} for order in judgement.orders]
+        row["verification"] = {"model": settings.judge.model, "prompt_version": PROMPT_VERSION, "orders": orders}
+    return row
+
+
+def _require_rows(counts: dict[str, BiasCounts], failures: FailureLog) -> None:
+    empty = [bias for bias, counted in counts.items() if not counted.n_written]
+    if not empty:
+        return
+    reasons = ", ".join(f"{reason} {count}" for reason, count in counts[empty[0]].n_refused.most_common(4))
+    message = f"; first message: {failures.first_message}" if failures.first_message else ""
+    raise ContrastRMError(
+        f"not one row for {', '.join(empty)} ({empty[0]}: {reasons}){message}; no file was written. See failed.jsonl in the "
+        "work folder, then try another API_MODEL, or leave the bias out with --bias_types (what was answered is not asked "
+        "again)"
+    )
+
+
+def build(
+    *,
+    settings: Settings,
+    biases: tuple[str, ...],
+    input_file: Path,
+    output_dir: Path,
+    work_dir: Path,
+    which: WhichRejected,
+    multi_turn: MultiTurn,
+    limit: int,
+    max_bad_rows: int,
+) -> tuple[dict[str, Any], int]:
+    """The whole step.
+
+    Returns:
+        The step's section of the report, and the number of requests that brought no answer.
+
+    Raises:
+        ContrastRMError: Unusable input, a fatal error of the server, or a bias without a row.
+    """
+    for folder in (output_dir, work_dir):
+        ensure_writable_folder(folder)
+    counts = {bias: BiasCounts() for bias in biases}
+    api = settings.writer or settings.judge
+    with FailureLog(work_dir, STEP) as failures:
+        plan = plan_pairs(
+            input_file,
+            failures,
+            biases=biases,
+            which=which,
+            multi_turn=multi_turn,
+            seed=settings.seed,
+            limit=limit,
+            max_bad_rows=max_bad_rows,
+        )
+        if api is not None and api.is_estimate:
+            _estimate(plan, settings)
+        rewrites_file = work_dir / REWRITES_FILE
+        write_drafts(plan, settings, rewrites_file, counts, failures)
+        with ExitStack() as stack:
+            files = RowFiles.open_in(output_dir, biases, stack)
+            write_rows(plan, settings, rewrites_file, files, counts, failures)
+            failures.commit()
+            section = _report_section(plan, settings, counts, failures) | {"output_dir": str(output_dir)}
+            write_report_section(work_dir, STEP, section | (api.summary() if api is not None else {}))
+            _require_rows(counts, failures)
+        return section, failures.n_requests
+
+
+def _report_section(
+    plan: Plan, settings: Settings, counts: dict[str, BiasCounts], failures: FailureLog
+) -> dict[str, Any]:
+    return read_counts(plan.source) | {
+        "strategy": settings.strategy,
+        "model": settings.writer.model if settings.writer is not None else None,
+        "judge": settings.judge.model if settings.judge is not None else None,
+        "seed": settings.seed,
+        "n_records_used": plan.n_records,
+        "n_records_left_out": dict(plan.left_out.most_common()),
+        "n_pairs": plan.n_pairs,
+        "biases": {bias: counted.to_dict(get_bias(bias).kind) for bias, counted in counts.items()},
+        "n_failed": failures.counts(),
+    }
+
+
+def _estimate(plan: Plan, settings: Settings) -> None:
+    """Print what the rewrites and, with the texts as they are, the verdicts would ask, and leave the command."""
+    writer, judge = settings.writer, settings.judge
+
+    def rewrites() -> Iterator[list[Message]]:
+        assert writer is not None
+        for item in plan:
+            yield from item_prompts(item, settings.seed, word_limit(writer.max_new_tokens))
+
+    def verdicts() -> Iterator[list[Message]]:
+        for item in plan:
+            candidates = _candidates(item, Draft(item.chosen, item.rejected))
+            if candidates is None:
+                continue
+            for order in shown_orders(candidates.id, 2, settings.seed, N_ORDERS):
+                # An estimate counts equal requests once, but every bias will have texts of its own here.
+                texts = [f"{candidates.texts[number]} {item.bias}" for number in order]
+                yield build_judge(candidates.messages, texts)
+
+    # An estimate ends the command: the first of the two is held up.
+    with suppress(SystemExit) if judge is not None else ExitStack():
+        if writer is not None:
+            writer.ask(rewrites(), "rewrites")
+    if judge is not None:
+        judge.ask(verdicts(), "verdicts", accept_cut_off=True)
+
+
+# --- the command line ---------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m codes.construct.build_eval_pairs", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--input_file", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, required=True, help="gets <bias>_bias.jsonl for each bias")
+    parser.add_argument(
+        "--bias_types",
+        default="all",
+        help=f"all that the strategy can make (template: not refinement-aware), or some of {','.join(EVALUABLE)}",
+    )
+    parser.add_argument("--strategy", choices=("rewrite", "template"), default="rewrite", help="template: by rule")
+    parser.add_argument(
+        "--rejected", choices=("first", "all"), default="first", help="which original rejected answers make pairs"
+    )
+    parser.add_argument(
+        "--multi_turn",
+        choices=("skip", "render"),
+        default="skip",
+        help="prompts of several turns: left out, or as one text",
+    )
+    parser.add_argument(
+        "--consistency",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="on: the judge must still prefer the labelled answer in both orders; auto: on where a model writes, unless the "
+        "judge is the embedded model",
+    )
+    parser.add_argument(
+        "--judge_model", default=os.environ.get("JUDGE_MODEL") or None, help="default: $JUDGE_MODEL, else --api_model"
+    )
+    parser.add_argument("--judge_max_new_tokens", type=int, default=16)
+    parser.add_argument(
+        "--cue_gate",
+        choices=("on", "off"),
+        default="on",
+        help="on: the cue must be seen to go and to come; off: for languages other than English",
+    )
+    add_api_arguments(parser, temperature=0.7, max_new_tokens=1024)
+    parser.set_defaults(work_dir=Path("output/eval_pairs"))
+    return parser
+
+
+def needs_writer(biases: Sequence[str], strategy: EvalStrategy) -> bool:
+    """Whether a model has to write."""
+    return strategy == "rewrite" and any(get_bias(bias).kind != "identity" for bias in biases)
+
+
+def needs_judge(consistency: VerifyFilter, biases: Sequence[str], *, has_writer: bool, judge_model: str | None) -> bool:
+    """Whether the judge is asked. ``auto``: where a model writes anyway, unless the judge is the embedded model."""
+    if all(get_bias(bias).kind == "refinement" for bias in biases):
+        return False
+    if consistency == "auto":
+        return has_writer and filter_is_on("auto", judge_model or "")
+    return consistency == "on"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the step from the command line."""
+    args = build_parser().parse_args(argv)
+    biases = parse_bias_names(args.bias_types, args.strategy)
+    has_writer = needs_writer(biases, args.strategy)
+    judge_model = args.judge_model or args.api_model
+    has_judge = needs_judge(args.consistency, biases, has_writer=has_writer, judge_model=judge_model)
+
+    def run_step(api: Api | None) -> int:
+        judge = None
+        if api is not None and has_judge:
+            temperature = None if args.temperature is None else 0.0
+            judge = replace(api, model=judge_model, temperature=temperature, max_new_tokens=args.judge_max_new_tokens)
+        writer = api if has_writer else None
+        if writer is not None and judge is not None and judge.model == writer.model and not writer.is_estimate:
+            print(
+                f"warning: the judge {judge.model} wrote these texts itself, and models favour their own texts; name another "
+                "one with --judge_model",
+                file=sys.stderr,
+                flush=True,
+            )
+        settings = Settings(args.strategy, args.seed, args.cue_gate == "on", writer, judge)
+        section, n_failed_requests = build(
+            settings=settings,
+            biases=biases,
+            input_file=args.input_file,
+            output_dir=args.output_dir,
+            work_dir=args.work_dir,
+            which=args.rejected,
+            multi_turn=args.multi_turn,
+            limit=args.limit,
+            max_bad_rows=args.max_bad_rows,
+        )
+        print(format_table(section["biases"]))
+        left_out = ", ".join(f"{reason} {count}" for reason, count in section["n_records_left_out"].items())
+        print(
+            f"{args.output_dir}: {section['n_pairs']} pairs of {section['n_records_used']} records"
+            + (f"; records left out: {left_out}" if left_out else "")
+            + f"; consistency {'on' if judge is not None else 'off'}; refused texts are in {args.work_dir}/failed.jsonl"
+        )
+        return 0 if api is None else api.exit_code(n_failed_requests)
+
+    if not has_writer and not has_judge:
+        if args.estimate:
+            print("estimate for evaluation pairs: no model is asked; nothing to pay")
+            return 0
+        return run_step(None)
+    if not has_writer:
+        args.api_model = judge_model
+    api = open_api_of(args)
+    with api.ledger:
+        return run_step(api)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,144 @@
+"""How many tokens fit into a device's memory while training.
+
+What a forward pass keeps for its backward pass is measured on the model itself, before it is moved or split; what weights,
+gradients and optimizer hold follows from the engine. The heaviest micro-batch of a step is computed first, so that an estimate
+that was too high shows at the first step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from codes.common.errors import ContrastRMError
+from codes.common.packing import build_pack
+from codes.common.scoring import default_token_budget
+from codes.train.reward_model import RewardModel
+
+PROBE_TOKENS = 64
+# The share of a device that is planned with; the rest is for temporaries of the backward pass and for fragmentation.
+PLANNED_SHARE = 0.75
+# Beyond this no device gets faster.
+MOST_TOKENS = 65536
+# ZeRO-3 holds so many gathered parameters at a time (stage3_max_live_parameters of the shipped configuration).
+ZERO3_LIVE_PARAMETERS = 1_000_000_000
+
+
+def activation_bytes_per_token(
+    model: RewardModel, *, gradient_checkpointing: bool, n_tokens: int = PROBE_TOKENS
+) -> float:
+    """Bytes that a forward pass keeps for the backward pass, per token.
+
+    Two passes are compared, so that what does not grow with the tokens drops out. With checkpointing the layers keep their
+    inputs, and one layer at a time everything.
+    """
+    small, large = (_kept_bytes(model, tokens) for tokens in (n_tokens, 2 * n_tokens))
+    per_token = (large - small) / n_tokens
+    if not gradient_checkpointing:
+        return per_token
+    config = model.config.get_text_config()
+    width = next(model.backbone.parameters()).element_size() * config.hidden_size
+    layers: int = config.num_hidden_layers
+    return per_token / layers + width * layers
+
+
+def _kept_bytes(model: RewardModel, n_tokens: int) -> int:
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    vocabulary = model.backbone.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(n_tokens) % vocabulary).tolist()
+    device = next(model.parameters()).device
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        if model.takes_packs:
+            pack = build_pack([ids]).to(device)
+            scores = model(pack.input_ids, layout=pack.layout, ends=pack.ends)
+        else:
+            row = torch.tensor([ids], device=device)
+            scores = model(row, torch.ones_like(row))
+    # Read before the graph, and with it the storages, goes away.
+    total = sum(kept.values())
+    del scores
+    return total
+
+
+def state_bytes(n_parameters: int, *, zero_stage: int | None, precision: str, world_size: int) -> float:
+    """Bytes of weights, gradients and AdamW on one device.
+
+    Args:
+        zero_stage: 2 or 3 under DeepSpeed, else None.
+        precision: ``bf16``, ``fp16`` or ``fp32``.
+    """
+    low = 4 if precision == "fp32" else 2
+    if zero_stage == 3:
+        return n_parameters * (2 * low + 12) / world_size + low * min(n_parameters, ZERO3_LIVE_PARAMETERS)
+    if zero_stage is not None:
+        return n_parameters * (low + (low + 12) / world_size)
+    # float32 weights (or masters), gradients and two moments, and the low-precision weights where they are separate.
+    return n_parameters * (16 + (low if low == 2 and world_size == 1 else 0))
+
+
+def zero_stage() -> int | None:
+    """The stage of the launcher's DeepSpeed configuration; None without DeepSpeed."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return None
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
+    if file and Path(file).is_file():
+        config: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))
+        return int(config.get("zero_optimization", {}).get("stage", 0))
+    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+
+
+def device_bytes(device: torch.device) -> int:
+    """Memory of the smallest device of its kind on this node, or what is free on the host; the same on every rank of a node."""
+    if device.type == "cuda":
+        return min(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count()))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text(encoding="ascii").splitlines() if meminfo.is_file() else []
+    kilobytes = next((int(line.split()[1]) for line in lines if line.startswith("MemTotal:")), 16 * 2**20)
+    return kilobytes * 1024 // processes
+
+
+def choose_token_budget(
+    model: RewardModel,
+    device: torch.device,
+    *,
+    precision: str,
+    world_size: int,
+    gradient_checkpointing: bool,
+    memory: int | None = None,
+) -> int:
+    """Computed tokens of a micro-batch that fit beside the training state.
+
+    Args:
+        memory: Bytes of the device; None: what it says.
+
+    Raises:
+        ContrastRMError: Not even a few hundred fit.
+    """
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    states = state_bytes(n_parameters, zero_stage=zero_stage(), precision=precision, world_size=world_size)
+    per_token = activation_bytes_per_token(model, gradient_checkpointing=gradient_checkpointing)
+    memory = device_bytes(device) if memory is None else memory
+    room = PLANNED_SHARE * memory - states
+    fits = int(room / per_token)
+    if fits < 256:
+        raise ContrastRMError(
+            f"the training state takes {states / 2**30:.1f} GiB of the {memory / 2**30:.1f} GiB of {device}, "
+            f"and a token {per_token / 2**20:.1f} MiB: nothing fits beside it. Use ZeRO-3 over more devices, "
+            "--gradient_checkpointing 1, or set --max_tokens_per_batch to try all the same"
+        )
+    # A CPU is not faster with more than its default.
+    most = default_token_budget(device) if device.type == "cpu" else MOST_TOKENS
+    return min(most, fits)
