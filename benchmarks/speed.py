@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -150,6 +151,7 @@ def run_suite(
                 "scenario": one.scenario,
                 "position": suite.runs.index(one),
                 "pairs_per_group": one.pairs_per_group,
+                "planned": [other.name for other in suite.runs if other.scenario == one.scenario],
             }
             append_line(lines_file, about | found)
     return n_failed
@@ -253,4 +255,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # As Ctrl-C does: the peer at work must not outlive its runner.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run(main)

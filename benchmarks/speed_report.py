@@ -159,6 +159,9 @@ def comparison_notes(
             f"{own['n_questions']} questions; rows: {files}."
         )
     notes = [what]
+    left_out = [name for name in lines[0].get("planned", ()) if name not in {"gemm", *(line["run"] for line in lines)}]
+    if left_out:
+        notes.append(f"Not run: {', '.join(left_out)}.")
     if useful is not None:
         notes.append(
             f"Useful work: {useful / 1e9:,.0f} GFLOP (every token of the prefix trees once), for all runs alike."

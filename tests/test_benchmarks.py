@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -458,6 +462,7 @@ def test_a_suite_runs_every_peer_once_a_round_and_writes_its_table(compared: tup
     gemm, original, shared = lines
     assert (folder / "results" / "scoring-bf16.jsonl").read_bytes() == (folder / "scoring-bf16.jsonl").read_bytes()
     table = (folder / "results" / "scoring-bf16.md").read_text()
+    assert "Not run: pipeline, sorted_padded, ours.off, ours.packed." in table
     row = next(line for line in table.splitlines() if line.startswith("| ours, packed with shared prefixes"))
     cells = [cell.strip() for cell in row.split("|")[2:-1]]
     assert float(cells[2]) == pytest.approx(original["seconds"] / shared["seconds"], abs=0.006)
@@ -518,6 +523,33 @@ def test_a_peer_that_cannot_run_is_named_and_tried_again(
     lines = speed.read_lines(tmp_path / "training-pairs-fp32.jsonl")
     assert ["failed" in line for line in lines] == [True, True]
     assert len(speed_report.latest_of_each(lines)) == 1
+
+
+def test_a_stopped_runner_takes_its_peer_along(model_dir: Path, tmp_path: Path) -> None:
+    options = ["--model_path", model_dir, "--device", "cpu", "--threads", 1, "--seconds", 1000]
+    options += ["--output_dir", tmp_path, "--results_dir", tmp_path / "results"]
+    runner = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.speed", "gemm", *map(str, options)],
+        cwd=REPO_ROOT,
+        env={**os.environ, "PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        peer = None
+        # Its log is there: the runner waits for this child and for no other.
+        while runner.poll() is None and not peer:
+            time.sleep(0.1)
+            if list(tmp_path.glob("logs/gemm-*.log")):
+                peer = next(iter(psutil.Process(runner.pid).children()), None)
+        assert peer is not None, runner.communicate()[1][-2000:]
+        runner.send_signal(signal.SIGTERM)
+        _, errors = runner.communicate(timeout=120)
+    finally:
+        runner.kill()
+    assert runner.returncode == 130 and "interrupted" in errors
+    assert not peer.is_running()
+    assert not (tmp_path / "gemm.jsonl").exists()  # a run that was stopped is no result
 
 
 def test_ratios_are_taken_within_rounds() -> None:
