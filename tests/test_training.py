@@ -228,6 +228,16 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert len([path for path in out.iterdir() if path.name.startswith("checkpoint-")]) == 2
 
 
+def test_what_a_kill_left_of_a_checkpoint_is_cleared(tiny_base_dir: Path, train_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    extra = ("--global_batch_size", "5", "--save_steps", "1", "--keep_checkpoints", "1")
+    for name in (".checkpoint-1.removing", ".checkpoint-2.saving"):
+        (out / name).mkdir(parents=True)
+        (out / name / "model.safetensors").write_bytes(b"half")
+    train_here(tiny_base_dir, train_file, out, *extra)
+    assert [path.name for path in out.iterdir() if "checkpoint" in path.name] == ["checkpoint-3"]
+
+
 @pytest.mark.parametrize("engine", ["none", "configs/ds_z2_config.json", "configs/ds_z3_config.json"])
 def test_two_ranks_equal_one_process(tiny_base_dir: Path, train_file: Path, tmp_path: Path, engine: str) -> None:
     # DDP and DeepSpeed through the launcher. Three groups in a step over two ranks: uneven, and the last step of an epoch

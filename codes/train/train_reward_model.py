@@ -377,7 +377,10 @@ class Trainer:
             shutil.rmtree(target, ignore_errors=True)
             os.replace(scratch, target)
             for old in list_checkpoints(self.output_dir)[: -self.keep_checkpoints]:
-                shutil.rmtree(old)
+                # Out of sight first: half a checkpoint must not stay when the run is killed in the middle of this.
+                doomed = old.with_name(f".{old.name}.removing")
+                os.replace(old, doomed)
+                shutil.rmtree(doomed)
         accelerator.wait_for_everyone()
 
     def load_checkpoint(self, checkpoint: Path) -> None:
@@ -612,7 +615,7 @@ def train(
         for name in ("train_log.jsonl", "train_summary.json", "config.json"):
             (folder / name).unlink(missing_ok=True)
     if accelerator.is_main_process:
-        for unfinished in folder.glob(".checkpoint-*.saving"):
+        for unfinished in (*folder.glob(".checkpoint-*.saving"), *folder.glob(".checkpoint-*.removing")):
             shutil.rmtree(unfinished)
         write_json(folder / "train_args.json", arguments | {"resolved_precision": precision, "world_size": world_size})
     trainer.train()
