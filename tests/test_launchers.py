@@ -54,7 +54,8 @@ if os.environ.get("STAND_IN_WAITS", "nowhere") in " ".join(arguments):
         signal.signal(number, stop)
     note("waiting")
     time.sleep(60)
-sys.exit(7 if os.environ.get("STAND_IN_FAILS", "nowhere") in " ".join(arguments) else 0)
+failed = os.environ.get("STAND_IN_FAILS", "nowhere") in " ".join(arguments)
+sys.exit(int(os.environ.get("STAND_IN_STATUS", "7")) if failed else 0)
 """
 
 
@@ -358,6 +359,20 @@ def test_run_all_runs_every_stage_in_order(environment: dict[str, str]) -> None:
     assert "finished" in done.stdout.splitlines()[-1]
     assert "compare_models results/folder-of-contrastive results/folder-of-pairwise" in recorded(environment)[-1]
     assert len(re.findall(r"^=== .*: \d+ s$", done.stdout, re.M)) == 8, "a stage prints its seconds"
+
+
+@pytest.mark.parametrize("step, goes_on", [("gptout", True), ("train_reward_model", False)])
+def test_rows_missing_in_construction_do_not_stop_run_all(
+    environment: dict[str, str], step: str, goes_on: bool
+) -> None:
+    environment = {**environment, "STAND_IN_FAILS": step, "STAND_IN_STATUS": "3"}
+    done = launch("run_all", environment)
+    assert done.returncode == (0 if goes_on else 3), done.stderr
+    assert ("compare_models" in recorded(environment)[-1]) == goes_on
+    if goes_on:
+        assert "some rows are missing (above), the other stages go on" in done.stderr
+        alone = launch("run_construction", {**environment, "GENERATOR": "embedded"})
+        assert alone.returncode == 3
 
 
 def test_the_embedded_server_decides_on_model_and_address(environment: dict[str, str]) -> None:
