@@ -249,6 +249,8 @@ def test_older_readers_find_the_rotary_base_the_dtype_and_the_tokenizer(rope: di
     assert written.get("rope_scaling") == (scaling if rope["rope_type"] == "llama3" else None)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
+    assert set(AutoTokenizer.from_pretrained(folder)("why")) == {"input_ids", "attention_mask"}
     assert settings["chat_template"] == (folder / "chat_template.jinja").read_text()
     # Both spellings side by side mean the same to a new reader.
     again, _ = load_reward_model(str(folder))

@@ -31,19 +31,17 @@ from codes.train.checkpoints import choose_checkpoint, remove_unfinished
 from codes.train.data_utils import NEGATIVES, EncodeReport, count_micro_steps, encode_groups, group_costs
 from codes.train.engine import (
     PRECISIONS,
-    ask_first_rank,
     check_same_micro_steps,
     compile_backbone,
     keeps_master_weights,
     make_accelerator,
     prepare,
-    reads_weights,
     resolve_precision,
     training_device,
     under_deepspeed,
 )
 from codes.train.lora import add_lora_arguments, lora_settings, trained_share
-from codes.train.memory import activation_bytes_per_token, choose_token_budget
+from codes.train.memory import choose_token_budget
 from codes.train.model_card import data_counts, model_card, training_summary
 from codes.train.reward_model import load_reward_model, own_length_limit, save_reward_model
 from codes.train.reward_stats import reward_statistics
@@ -114,7 +112,6 @@ def train(
         trust_remote_code=trust_remote_code,
         require_head=False,
         seed=seed,
-        read_weights=reads_weights(),
     )
     lora = lora_settings(
         rank=lora_rank,
@@ -133,24 +130,17 @@ def train(
     groups, encode_report = encode_groups(records, formatter, negatives=negatives)
     total_steps = max_steps or epochs * math.ceil(len(groups) / global_batch_size)
     schedule = Schedule(learning_rate, warmup_in_force(warmup_steps, total_steps), total_steps)
-    wanted_packing = packing
-    packing = ask_first_rank(lambda: resolve_packing(model, wanted_packing))
-    if not reads_weights() and packing != "off":
-        model.enable_packing()
+    packing = resolve_packing(model, packing)
     if torch_compile:
         compile_backbone(model, packing=packing, device=training_device())
     plan, costs = plan_steps(len(groups), global_batch_size, total_steps, seed), group_costs(groups, packing)
-    if not max_tokens_per_batch:
-        max_tokens_per_batch = choose_token_budget(
-            model,
-            training_device(),
-            precision=precision,
-            world_size=world_size,
-            gradient_checkpointing=gradient_checkpointing,
-            per_token=ask_first_rank(
-                lambda: activation_bytes_per_token(model, gradient_checkpointing=gradient_checkpointing)
-            ),
-        )
+    max_tokens_per_batch = max_tokens_per_batch or choose_token_budget(
+        model,
+        training_device(),
+        precision=precision,
+        world_size=world_size,
+        gradient_checkpointing=gradient_checkpointing,
+    )
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
     micro_steps = count_micro_steps(
