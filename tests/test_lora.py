@@ -20,7 +20,7 @@ from codes.common.packing import build_pack
 from codes.common.scoring import Scorer
 from codes.train.engine import make_optimizer
 from codes.train.lora import LoraSettings
-from codes.train.memory import activation_bytes_per_token, choose_token_budget, state_bytes
+from codes.train.memory import PLANNED_SHARE, activation_bytes_per_token, choose_token_budget, state_bytes
 from codes.train.reward_model import RewardModel, load_reward_model, save_reward_model
 from tests.conftest import chatml_tokenizer, llama_tokenizer, save_tiny, tiny_config
 from tests.test_reward_model import CONVERSATIONS, save_bert
@@ -291,11 +291,18 @@ def test_the_memory_estimate_knows_what_is_frozen(tiny_base_dir: Path) -> None:
     assert state_bytes(seven, zero_stage=3, world_size=8, offload={"optimizer", "param"}, **options) < three
     model = with_lora(tiny_base_dir)
     full, _ = load_reward_model(str(tiny_base_dir), dtype="float32", require_head=False)
-    for one in (model, full):
-        assert one.enable_packing() is None
-        assert activation_bytes_per_token(one, gradient_checkpointing=False) > 0
-    memory = {"precision": "fp32", "world_size": 1, "gradient_checkpointing": False, "memory": 600_000}
     card = torch.device("cuda")
+    needs = {}
+    for name, one in (("lora", model), ("full", full)):
+        assert one.enable_packing() is None
+        trained = sum(parameter.numel() for parameter in one.parameters() if parameter.requires_grad)
+        total = sum(parameter.numel() for parameter in one.parameters())
+        needs[name] = state_bytes(total, zero_stage=None, precision="fp32", world_size=1, n_trained=trained)
+        needs[name] += 300 * activation_bytes_per_token(one, gradient_checkpointing=True)
+    options = {"precision": "fp32", "world_size": 1, "gradient_checkpointing": True}
+    # A card that holds 300 tokens beside the adapter's state does not hold the state of all weights.
+    assert needs["lora"] < needs["full"]
+    options["memory"] = int(needs["lora"] / PLANNED_SHARE) + 1
+    assert 256 <= choose_token_budget(model, card, **options) <= 310
     with pytest.raises(ContrastRMError, match="--lora_rank 16"):
-        choose_token_budget(full, card, per_token=100.0, **memory)
-    assert choose_token_budget(model, card, per_token=100.0, **memory) >= 256
+        choose_token_budget(full, card, **options)

@@ -1,4 +1,4 @@
-"""Several ranks and machines, DeepSpeed's configurations, and loading by one rank under ZeRO-3."""
+"""Several ranks and machines, DeepSpeed's configurations, compilation, and the documented commands."""
 
 from __future__ import annotations
 
@@ -15,18 +15,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertModel, LlamaForCausalLM
 
 from codes.common.chat import ChatFormatter
 from codes.common.errors import ContrastRMError
 from codes.common.scoring import Scorer
 from codes.train import memory
-from codes.train.engine import _give_room, ask_first_rank, compile_backbone, one_rank_loads, reads_weights
-from codes.train.lora import LoraSettings
+from codes.train.engine import compile_backbone
 from codes.train.reward_model import load_reward_model
 from codes.train.train_reward_model import build_parser
-from tests.conftest import REPO_ROOT, llama_tokenizer, save_tiny, tiny_config
-from tests.test_reward_model import CONVERSATIONS, save_bert
+from tests.conftest import REPO_ROOT
+from tests.test_reward_model import CONVERSATIONS
 from tests.test_training import BASE, assert_same_weights, losses, read_log, train_here
 
 CONFIGS = sorted((REPO_ROOT / "configs").glob("ds_*.json"))
@@ -76,7 +74,7 @@ def finish(*processes: subprocess.Popen[str]) -> list[str]:
 def test_zero_three_in_bfloat16_with_lora_equals_one_process(
     tiny_base_dir: Path, train_file: Path, tmp_path: Path
 ) -> None:
-    """Two ranks, four micro-batches a step, an adapter, parameters really split; one rank reads the weights."""
+    """Two ranks, four micro-batches a step, an adapter, parameters really split."""
     extra = (
         "--global_batch_size", "8", "--micro_batch_size", "1", "--precision", "bf16", "--lora_rank", "4",
         "--learning_rate", "1e-3", "--gradient_checkpointing", "1", "--epochs", "2",
@@ -199,52 +197,6 @@ def test_the_estimate_reads_the_configuration(monkeypatch: pytest.MonkeyPatch) -
         "ds_z3_config": (3, set()),
         "ds_z3_offload_config": (3, {"optimizer", "param"}),
     }
-
-
-# --- one rank reads the weights
-
-
-def test_under_zero_three_the_first_rank_alone_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert reads_weights() and not one_rank_loads() and ask_first_rank(lambda: 7) == 7
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for stage, rank, reads in ((3, "0", True), (3, "1", False), (2, "1", True)):
-        monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(REPO_ROOT / "configs" / f"ds_z{stage}_config.json"))
-        monkeypatch.setenv("RANK", rank)
-        assert (one_rank_loads(), reads_weights()) == (stage == 3, reads)
-
-
-@pytest.mark.parametrize("kind", ["llama", "llama-without-pad", "llama-lora", "bert"])
-def test_a_model_without_weights_has_the_shape_of_one_with(kind: str, tiny_base_dir: Path, tmp_path: Path) -> None:
-    folder = tiny_base_dir
-    if kind == "llama-without-pad":
-        tokenizer = llama_tokenizer()
-        folder = save_tiny(tmp_path / "base", LlamaForCausalLM(tiny_config(len(tokenizer))), tokenizer)
-    if kind == "bert":
-        folder = save_bert(tmp_path / "bert", BertModel)
-    options: dict[str, Any] = {"dtype": "bfloat16", "require_head": False}
-    full, tokenizer = load_reward_model(str(folder), **options)
-    empty, same = load_reward_model(str(folder), read_weights=False, **options)
-    for model in (full, empty):
-        if kind == "llama-lora":
-            model.add_lora(LoraSettings(4, 8, 0.0, "all-linear", True, str(folder), 1))
-        reason = model.enable_packing()
-        assert (reason is None) == (kind != "bert")
-    assert len(tokenizer) == len(same) and empty.config.pad_token_id == full.config.pad_token_id
-    assert all(parameter.is_meta for name, parameter in empty.named_parameters() if "lora" not in name)
-    _give_room(empty)
-    shapes = [
-        [(name, p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()] for model in (full, empty)
-    ]
-    assert shapes[0] == shapes[1]
-    for (name, one), (_, other) in zip(full.named_buffers(), empty.named_buffers(), strict=True):
-        assert torch.equal(one, other), name
-    # With the weights in place it is the same model.
-    empty.load_state_dict(full.state_dict())
-    scores = [
-        Scorer(model, ChatFormatter(tokenizer), progress=False).score(CONVERSATIONS).scores for model in (full, empty)
-    ]
-    assert scores[0] == pytest.approx(scores[1], abs=0)
 
 
 # --- torch.compile

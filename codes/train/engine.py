@@ -6,22 +6,17 @@ Used by ``python -m codes.train.train_reward_model``.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import DistributedType
 
 from codes.common.errors import ContrastRMError
 from codes.train.master_weights import MasterAdamW
 from codes.train.memory import zero_stage
 from codes.train.reward_model import RewardModel
 
-T = TypeVar("T")
-# The others wait while the first rank reads, or fetches, the weights.
-LOADING_TIMEOUT = timedelta(hours=2)
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
 
@@ -102,7 +97,7 @@ def prepare(
     if master_weights:
         # The masters are copies: made where the model has been put.
         model = accelerator.prepare(model)
-    if one_rank_loads():
+    if accelerator.num_processes > 1 and zero_stage() == 3:
         split_weights(accelerator, model)
     optimizer = make_optimizer(
         model, learning_rate=learning_rate, weight_decay=weight_decay, master_weights=master_weights
@@ -113,33 +108,11 @@ def prepare(
     return prepared_model, prepared_optimizer
 
 
-def one_rank_loads() -> bool:
-    """Whether the first rank alone reads the weights: ZeRO-3 hands every rank its part."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and zero_stage() == 3
-
-
-def reads_weights() -> bool:
-    """Whether this rank reads the weights of the model."""
-    return not one_rank_loads() or int(os.environ.get("RANK", "0")) == 0
-
-
-def ask_first_rank(compute: Callable[[], T]) -> T:
-    """What only a rank with weights can compute: where one rank has them, the others are told."""
-    if not one_rank_loads():
-        return compute()
-    # The accelerator that is made later joins the processes that are joined here.
-    backend = {} if torch.cuda.is_available() else {"backend": "gloo"}
-    PartialState(timeout=LOADING_TIMEOUT, **backend)
-    answer: list[Any] = [compute() if reads_weights() else None]
-    broadcast_object_list(answer)
-    result: T = answer[0]
-    return result
-
-
 def split_weights(accelerator: Accelerator, model: torch.nn.Module) -> None:
-    """Give every rank its part of each parameter under ZeRO-3, from the first rank, one parameter after the other.
+    """Give every rank its part of each parameter under ZeRO-3, layer by layer. Collective.
 
-    DeepSpeed does the same when it takes over a whole model, but only after each rank has received all of it. Collective.
+    DeepSpeed does the same when it takes over a whole model, but only after it has put all of it on every device. The host
+    holds the weights once, whatever the number of ranks: files in the dtype of the run are mapped, not copied.
     """
     # Imported where it is used: runs without DeepSpeed start faster.
     import deepspeed
@@ -147,9 +120,7 @@ def split_weights(accelerator: Accelerator, model: torch.nn.Module) -> None:
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
     layers = [layer for part in model.modules() if isinstance(part, torch.nn.ModuleList) for layer in part]
-    # Layer by layer, then the rest: room that one layer leaves is the next one's.
     for part in (*layers, model):
-        _give_room(part)
         for parameter in part.parameters():
             parameter.data = parameter.data.to(dtype)
         deepspeed.zero.Init(
@@ -163,29 +134,6 @@ def split_weights(accelerator: Accelerator, model: torch.nn.Module) -> None:
     # DeepSpeed takes a split model to be on its device already; it moves the parameters alone.
     for buffer in model.buffers():
         buffer.data = buffer.data.to(accelerator.device)
-    deepspeed.zero.Init(
-        module=model,
-        dtype=dtype,
-        config_dict_or_path={
-            "zero_optimization": config["zero_optimization"],
-            "train_micro_batch_size_per_gpu": config["train_micro_batch_size_per_gpu"],
-        },
-    )
-
-
-def _give_room(model: torch.nn.Module) -> None:
-    """Storage for parameters that have a shape only; the memory is taken when it is written."""
-    made: dict[int, torch.nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.is_meta:
-                room = made.setdefault(
-                    id(parameter),
-                    torch.nn.Parameter(
-                        torch.empty_like(parameter, device="cpu"), requires_grad=parameter.requires_grad
-                    ),
-                )
-                setattr(module, name, room)
 
 
 def compile_backbone(model: RewardModel, *, packing: str, device: torch.device, backend: str = "inductor") -> None:

@@ -148,13 +148,11 @@ def choose_token_budget(
     world_size: int,
     gradient_checkpointing: bool,
     memory: int | None = None,
-    per_token: float | None = None,
 ) -> int:
     """Computed tokens of a micro-batch that fit beside the training state.
 
     Args:
         memory: Bytes of the device; None: what it says.
-        per_token: What ``activation_bytes_per_token`` gave where the weights are; None: it is measured here.
 
     Raises:
         ContrastRMError: Not even a few hundred fit.
@@ -168,8 +166,7 @@ def choose_token_budget(
         n_trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         offload=offloaded(),
     )
-    if per_token is None:
-        per_token = activation_bytes_per_token(model, gradient_checkpointing=gradient_checkpointing)
+    per_token = activation_bytes_per_token(model, gradient_checkpointing=gradient_checkpointing)
     memory = device_bytes(device) if memory is None else memory
     room = PLANNED_SHARE * memory - states
     fits = int(room / per_token)

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from torch import nn
@@ -149,8 +148,6 @@ class RewardModel(nn.Module):
     def _probe_packing(self) -> str | None:
         """Compare a small pack with its sequences one by one: what a model does not say of itself shows here."""
         weight = self.backbone.get_input_embeddings().weight
-        if weight.is_meta:  # the rank that holds the weights has looked
-            return None
         vocabulary = int(weight.shape[0])
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randint(0, vocabulary, (5, 6), generator=generator).tolist()
@@ -250,7 +247,6 @@ def load_reward_model(
     trust_remote_code: bool = False,
     require_head: bool = True,
     seed: int = 42,
-    read_weights: bool = True,
 ) -> tuple[RewardModel, PreTrainedTokenizerBase]:
     """Load a reward model, or make one from a base model.
 
@@ -261,8 +257,6 @@ def load_reward_model(
         device: Where to put it; None leaves it on the CPU.
         require_head: Refuse a model whose score head is not in the weights. False gives such a model a new head with the
             small variance 1 / (hidden + 1) (first scores near 0, first loss near ln n), drawn from ``seed``.
-        read_weights: False gives a model of the same shape whose parameters have no values yet (on the meta device): for a
-            rank that receives its share from another one.
 
     Raises:
         ContrastRMError: Missing folder, unreachable hub id, more than one label, or no trained head.
@@ -279,23 +273,19 @@ def load_reward_model(
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
-    missing: list[str] = []
-    if read_weights:
-        classifier, missing = _read_classifier(
-            path,
-            model_path,
-            config=config,
-            trust_remote_code=trust_remote_code,
-            require_head=require_head and adapter is None,
-            **options,
-        )
-    else:
-        classifier = _empty_classifier(config, trust_remote_code, **options)
+    classifier, missing = _read_classifier(
+        path,
+        model_path,
+        config=config,
+        trust_remote_code=trust_remote_code,
+        require_head=require_head and adapter is None,
+        **options,
+    )
     model = RewardModel(classifier)
     if missing:
         _init_head(classifier, missing, seed)
     _fix_date(tokenizer)
-    if adapter is not None and read_weights:
+    if adapter is not None:
         merge_adapter(classifier, adapter)
     _ensure_pad_token(classifier, tokenizer)
     if device is not None:
@@ -335,18 +325,6 @@ def _read_classifier(
             "train it first (bash run_training.sh) or give the folder of a trained reward model"
         )
     return classifier, missing
-
-
-def _empty_classifier(config: PretrainedConfig, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
-    """A classifier whose parameters have a shape and a dtype only; its buffers are real."""
-    dtype = options.pop("dtype")
-    if dtype == "auto":
-        dtype = config.dtype or torch.float32
-    with init_empty_weights(include_buffers=False), _quiet_loading():
-        classifier: PreTrainedModel = AutoModelForSequenceClassification.from_config(
-            config, dtype=dtype, trust_remote_code=trust_remote_code, **options
-        )
-    return classifier
 
 
 @contextmanager
@@ -560,6 +538,8 @@ def _name_for_older_readers(folder: Path, tokenizer: PreTrainedTokenizerBase, *,
         settings["model_input_names"] = ["input_ids", "attention_mask"]
     for local in ("is_local", "local_files_only"):
         settings.pop(local, None)
+    if not takes_segments:
+        settings["model_input_names"] = ["input_ids", "attention_mask"]
     if isinstance(tokenizer.chat_template, str):
         settings["chat_template"] = tokenizer.chat_template
     text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)

@@ -39,13 +39,11 @@ from codes.train.contamination import CONTAMINATION_FILE, check_contamination, e
 from codes.train.data_utils import NEGATIVES, count_micro_steps
 from codes.train.engine import (
     PRECISIONS,
-    ask_first_rank,
     check_same_micro_steps,
     compile_backbone,
     keeps_master_weights,
     make_accelerator,
     prepare,
-    reads_weights,
     resolve_precision,
     training_device,
     under_deepspeed,
@@ -61,7 +59,7 @@ from codes.train.held_out import (
     split_questions,
 )
 from codes.train.lora import add_lora_arguments, lora_settings, trained_share
-from codes.train.memory import activation_bytes_per_token, choose_token_budget
+from codes.train.memory import choose_token_budget
 from codes.train.model_card import model_card, training_summary
 from codes.train.objective import MODES, Objective, add_objective_arguments, take_objective
 from codes.train.plots import draw_training_curves
@@ -212,7 +210,6 @@ def train(
         trust_remote_code=trust_remote_code,
         require_head=False,
         seed=seed,
-        read_weights=reads_weights(),
     )
     lora = lora_settings(
         rank=lora_rank,
@@ -232,24 +229,17 @@ def train(
     )
     draws, total_steps = data.draws, data.draws.total_steps
     schedule = Schedule(learning_rate, warmup_in_force(warmup_steps, total_steps), total_steps)
-    wanted_packing = packing
-    packing = ask_first_rank(lambda: resolve_packing(model, wanted_packing))
-    if not reads_weights() and packing != "off":
-        model.enable_packing()
+    packing = resolve_packing(model, packing)
     if torch_compile:
         compile_backbone(model, packing=packing, device=training_device())
     costs = draws.costs(packing)
-    if not max_tokens_per_batch:
-        max_tokens_per_batch = choose_token_budget(
-            model,
-            training_device(),
-            precision=precision,
-            world_size=world_size,
-            gradient_checkpointing=gradient_checkpointing,
-            per_token=ask_first_rank(
-                lambda: activation_bytes_per_token(model, gradient_checkpointing=gradient_checkpointing)
-            ),
-        )
+    max_tokens_per_batch = max_tokens_per_batch or choose_token_budget(
+        model,
+        training_device(),
+        precision=precision,
+        world_size=world_size,
+        gradient_checkpointing=gradient_checkpointing,
+    )
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
     micro_steps = count_micro_steps(
