@@ -23,7 +23,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from codes.common.base_model import EMBEDDED_ALIAS, model_hash
-from codes.common.cli import run
+from codes.common.cli import positive, run
 from codes.common.errors import ContrastRMError
 from codes.common.packing import PackLayout
 from codes.common.records import write_json
@@ -226,14 +226,6 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--learning_rate", type=float, default=5e-6)
     parser.add_argument("--max_length", type=positive, default=1024, help="a longer text stops the run")
     parser.add_argument("--gradient_checkpointing", type=int, choices=(0, 1), default=0)
-
-
-def positive(text: str) -> int:
-    """Argparse type: 1, 2, ..."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return value
 
 
 def whole_steps(n_groups: int, groups_per_step: int, warmup_steps: int, steps: int | None) -> int:

@@ -23,14 +23,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.common import MODEL_DIR, OUTPUT_DIR, machine, model_fields, positive, prepare_model, resolve_device
+from benchmarks.common import MODEL_DIR, OUTPUT_DIR, machine, model_fields, prepare_model, resolve_device
 from benchmarks.padded import load_plain_model
-from benchmarks.peers.ours import natural
 from benchmarks.rows import choose_groups, external_data, fits_in
 from benchmarks.speed import RESULTS_DIR, append_line, read_lines
 from codes.common.base_model import model_hash
 from codes.common.chat import ChatFormatter, Conversation, EncodedText
-from codes.common.cli import run
+from codes.common.cli import natural, positive, run
 from codes.common.packing import build_pack
 from codes.common.records import PreferenceRecord, file_sha256, read_preference_file, write_jsonl, write_text
 from codes.common.reporting import Section, render_markdown, run_metadata

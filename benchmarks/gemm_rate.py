@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import MODEL_DIR, classifier_on_meta, now, positive, resolve_device, write_line
-from codes.common.cli import run
+from benchmarks.common import MODEL_DIR, classifier_on_meta, now, resolve_device, write_line
+from codes.common.cli import positive, run
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 REPEATS = 5

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import add_run_arguments, model_fields, now, positive, resolve_device, write_line
+from benchmarks.common import add_run_arguments, model_fields, now, resolve_device, write_line
 from codes.common.chat import EncodedText
-from codes.common.cli import run
+from codes.common.cli import positive, run
 from codes.common.errors import ContrastRMError
 from codes.common.packed_attention import FLEX_BLOCK
 from codes.common.packing import build_pack, plan_packs

@@ -25,10 +25,10 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from benchmarks.common import MODEL_DIR, positive
+from benchmarks.common import MODEL_DIR
 from codes.common.biases import PAIRWISE, eval_file_name
 from codes.common.chat import ChatFormatter, Conversation
-from codes.common.cli import run
+from codes.common.cli import positive, run
 from codes.common.errors import ContrastRMError
 from codes.common.records import (
     Message,

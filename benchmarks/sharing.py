@@ -13,11 +13,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.common import MODEL_DIR, positive, write_line
+from benchmarks.common import MODEL_DIR, write_line
 from benchmarks.padded import load_plain_tokenizer
 from benchmarks.rows import public_bias_files, read_texts
 from codes.common.chat import ChatFormatter, Conversation
-from codes.common.cli import run
+from codes.common.cli import positive, run
 from codes.common.packing import as_array, build_pack, common_prefix, plan_packs, shared_tokens
 from codes.common.records import messages_to_text, read_preference_file
 

@@ -25,12 +25,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.common import MODEL_DIR, OUTPUT_DIR, positive, prepare_model
-from benchmarks.peers.ours import natural
+from benchmarks.common import MODEL_DIR, OUTPUT_DIR, prepare_model
 from benchmarks.speed_report import write_report
 from benchmarks.suites import SUITES, TRL, Options, Run, Suite, build_suite, session_key
 from benchmarks.synthetic import SHAPES
-from codes.common.cli import run
+from codes.common.cli import natural, positive, run
 from codes.common.errors import ContrastRMError
 from codes.common.reporting import git_state
 

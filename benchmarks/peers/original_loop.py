@@ -13,9 +13,8 @@ from functools import partial
 
 import torch
 
-from benchmarks.common import positive
 from benchmarks.padded import PlainModel, Step, TokenGroup, build_padded_parser, run_scoring, run_training
-from codes.common.cli import run
+from codes.common.cli import positive, run
 
 
 def in_file_order(positions: Sequence[int], micro_batch_size: int) -> Step:

@@ -32,7 +32,7 @@ from benchmarks.common import (
 )
 from benchmarks.padded import add_scoring_arguments, read_asked_texts, scoring_fields
 from codes.common.chat import ChatFormatter
-from codes.common.cli import run
+from codes.common.cli import natural, run
 from codes.common.errors import ContrastRMError
 from codes.common.packing import Pack, build_pack, plan_packs
 from codes.common.records import read_preference_file
@@ -300,14 +300,6 @@ def run_scoring(
         **scoring_fields(result, texts, sum(len(text.input_ids) for text in encoded), scores_file),
     }
     write_line(fields | model_fields(model_path), output_file)
-
-
-def natural(text: str) -> int:
-    """Argparse type: 0, 1, 2, ..."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
 
 
 def build_parser() -> argparse.ArgumentParser:

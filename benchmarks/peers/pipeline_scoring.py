@@ -11,10 +11,10 @@ from typing import Any
 
 from transformers import pipeline
 
-from benchmarks.common import PeakMemory, model_fields, now, positive, write_line
+from benchmarks.common import PeakMemory, model_fields, now, write_line
 from benchmarks.padded import PlainModel, add_scoring_arguments, load_plain_model, read_asked_texts, scoring_fields
 from codes.common.chat import Conversation
-from codes.common.cli import run
+from codes.common.cli import positive, run
 
 
 def score_with_pipeline(

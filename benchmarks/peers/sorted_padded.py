@@ -13,7 +13,6 @@ from functools import partial
 
 import torch
 
-from benchmarks.common import positive
 from benchmarks.padded import (
     PlainModel,
     Step,
@@ -23,7 +22,7 @@ from benchmarks.padded import (
     run_training,
     token_budget_batches,
 )
-from codes.common.cli import run
+from codes.common.cli import positive, run
 
 
 def sorted_step(positions: Sequence[int], groups: Sequence[TokenGroup], max_tokens: int) -> Step:

@@ -23,13 +23,12 @@ from benchmarks.common import (
     add_training_arguments,
     model_fields,
     now,
-    positive,
     resolve_device,
     training_fields,
     whole_steps,
     write_line,
 )
-from codes.common.cli import run
+from codes.common.cli import positive, run
 from codes.common.errors import ContrastRMError
 from codes.common.records import PreferenceRecord, read_preference_file
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from codes.common.cli import EXIT_ROWS_MISSING
+from codes.common.cli import EXIT_ROWS_MISSING, non_negative_float, positive, positive_float
 from codes.common.errors import ContrastRMError
 from codes.common.llm import (
     DEFAULT_BASE_URL,
@@ -236,51 +236,30 @@ def add_llm_arguments(parser: argparse.ArgumentParser, *, temperature: float, ma
     group.add_argument(
         "--temperature", type=_temperature, default=temperature, help="a number, or none for the server's own"
     )
-    group.add_argument("--max_new_tokens", type=_positive, default=max_new_tokens)
-    group.add_argument("--concurrency", type=_positive, default=16, help="requests at a time")
-    group.add_argument("--max_attempts", type=_positive, default=6, help="attempts a request")
+    group.add_argument("--max_new_tokens", type=positive, default=max_new_tokens)
+    group.add_argument("--concurrency", type=positive, default=16, help="requests at a time")
+    group.add_argument("--max_attempts", type=positive, default=6, help="attempts a request")
     group.add_argument("--request_timeout", type=float, default=120.0, help="seconds an attempt")
-    group.add_argument("--requests_per_minute", type=_positive_number, help="calls a minute, at most")
-    group.add_argument("--tokens_per_minute", type=_positive_number, help="tokens a minute, at most")
+    group.add_argument("--requests_per_minute", type=positive_float, help="calls a minute, at most")
+    group.add_argument("--tokens_per_minute", type=positive_float, help="tokens a minute, at most")
     group.add_argument(
         "--max_outage_seconds",
-        type=_positive_number,
+        type=positive_float,
         default=MAX_OUTAGE_SECONDS,
         help="stop when no call has succeeded for so long",
     )
     budget = parser.add_argument_group("budget of this run of the command (answers in the ledger cost nothing)")
-    budget.add_argument("--max_requests", type=_positive, help="calls, repeated attempts included")
-    budget.add_argument("--max_tokens", type=_positive, help="tokens in and out")
-    budget.add_argument("--max_cost", type=_positive_number, help="in the currency of the prices")
-    budget.add_argument("--price_in", type=_price, help="of a million prompt tokens")
-    budget.add_argument("--price_out", type=_price, help="of a million completion tokens")
+    budget.add_argument("--max_requests", type=positive, help="calls, repeated attempts included")
+    budget.add_argument("--max_tokens", type=positive, help="tokens in and out")
+    budget.add_argument("--max_cost", type=positive_float, help="in the currency of the prices")
+    budget.add_argument("--price_in", type=non_negative_float, help="of a million prompt tokens")
+    budget.add_argument("--price_out", type=non_negative_float, help="of a million completion tokens")
     budget.add_argument("--estimate", action="store_true", help="print requests, tokens and cost; send nothing")
     group.add_argument("--retry_failed", action="store_true", help="ask again what an earlier run recorded as failed")
 
 
 def _temperature(value: str) -> float | None:
     return None if value.lower() == "none" else float(value)
-
-
-def _positive(value: str) -> int:
-    number = int(value)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
-    return number
-
-
-def _positive_number(value: str) -> float:
-    number = _price(value)
-    if number == 0:
-        raise argparse.ArgumentTypeError("must be more than 0")
-    return number
-
-
-def _price(value: str) -> float:
-    number = float(value)
-    if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {value}")
-    return number
 
 
 def is_embedded_server() -> bool:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from codes.common.biases import PAIRWISE, eval_file_name, get_bias
-from codes.common.cli import run
+from codes.common.cli import natural, run
 from codes.common.errors import ContrastRMError
 from codes.common.records import iter_jsonl, write_json, write_text
 from codes.common.reporting import (
@@ -43,7 +43,6 @@ from codes.evaluate.compare_stats import ALPHA, PairedPart, adjust, compare_part
 from codes.evaluate.metrics import Stratum, rate_fields, stratified_rate
 from codes.evaluate.report import BIAS_SUMMARY, REFINEMENT, REWARD_BENCH_SUMMARY, pooled_name, read_summary
 from codes.evaluate.reward_bench_table import SECTIONS, SUBSETS, subsets_of
-from codes.evaluate.scorer_setup import whole_number
 
 Summary = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -69,9 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--reference", default=None, help="compare each model with this one of the folders only")
     parser.add_argument("--rows", default="all", choices=("all", "clean"), help="clean: without rows that look damaged")
     parser.add_argument("--sort", default="bsr", choices=SORT_KEYS, help="order of the leaderboard")
-    parser.add_argument(
-        "--n_resamples", type=whole_number, default=9999, help="draws of the bootstrap and of the swaps"
-    )
+    parser.add_argument("--n_resamples", type=natural, default=9999, help="draws of the bootstrap and of the swaps")
     parser.add_argument("--seed", type=int, default=42, help="of the draws")
     return parser
 

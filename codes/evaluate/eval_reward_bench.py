@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from codes.common.chat import Conversation
-from codes.common.cli import run
+from codes.common.cli import natural, run
 from codes.common.errors import ContrastRMError
 from codes.common.records import (
     ReadReport,
@@ -64,7 +64,6 @@ from codes.evaluate.scorer_setup import (
     result_metadata,
     scorer_options,
     scoring_notes,
-    whole_number,
 )
 
 OFFICIAL_LABEL = "RewardBench"
@@ -84,9 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--category", default="all", help=f"all, or one of {', '.join(SECTIONS)}; in other formats a subset's name"
     )
-    parser.add_argument(
-        "--limit_per_subset", type=whole_number, default=0, help="at most so many rows a subset; 0: all"
-    )
+    parser.add_argument("--limit_per_subset", type=natural, default=0, help="at most so many rows a subset; 0: all")
     return parser
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from codes.common.biases import EVALUABLE, Bias, eval_file_name, get_bias
 from codes.common.chat import Conversation
-from codes.common.cli import run
+from codes.common.cli import natural, run
 from codes.common.errors import ContrastRMError
 from codes.common.records import (
     BiasRecord,
@@ -67,7 +67,6 @@ from codes.evaluate.scorer_setup import (
     result_metadata,
     scorer_options,
     scoring_notes,
-    whole_number,
 )
 
 # The user turn between an answer and its refined version.
@@ -112,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--bias_type", default="all", help=f"all, or one or more of {', '.join(EVALUABLE)} (with commas)"
     )
-    parser.add_argument("--limit_per_bias", type=whole_number, default=0, help="at most so many rows a bias; 0: all")
+    parser.add_argument("--limit_per_bias", type=natural, default=0, help="at most so many rows a bias; 0: all")
     return parser
 
 

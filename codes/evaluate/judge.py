@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 from codes.common.biases import EVALUABLE, get_bias
 from codes.common.chat import Conversation
-from codes.common.cli import run
+from codes.common.cli import natural, run
 from codes.common.errors import ContrastRMError
 from codes.common.judging import read_verdict
 from codes.common.llm import ApiError, Completion, Outcome
@@ -89,7 +89,7 @@ from codes.evaluate.report import (
     write_report,
 )
 from codes.evaluate.reward_bench_table import SECTIONS
-from codes.evaluate.scorer_setup import model_results_folder, whole_number
+from codes.evaluate.scorer_setup import model_results_folder
 
 PROMPT_VERSION = "1"
 TIE = "tie"
@@ -613,17 +613,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--bias_type", default="all", help=f"all, none, or one or more of {', '.join(EVALUABLE)} (with commas)"
     )
-    parser.add_argument("--limit_per_bias", type=whole_number, default=0, help="at most so many rows a bias; 0: all")
+    parser.add_argument("--limit_per_bias", type=natural, default=0, help="at most so many rows a bias; 0: all")
     parser.add_argument("--data_file", default=None, help="also judge this benchmark file")
     parser.add_argument("--format", default="auto", choices=("auto", *FORMAT_NAMES), help="of --data_file")
     parser.add_argument("--category", default="all", help=f"of --data_file: all, {', '.join(SECTIONS)}, or a subset")
-    parser.add_argument(
-        "--limit_per_subset", type=whole_number, default=0, help="at most so many rows a subset; 0: all"
-    )
+    parser.add_argument("--limit_per_subset", type=natural, default=0, help="at most so many rows a subset; 0: all")
     parser.add_argument("--results_dir", default="results", help="parent of the judge's results folder")
     parser.add_argument("--work_dir", type=Path, default=Path("output/judge"), help="where the ledger lies")
     parser.add_argument("--seed", type=int, default=42, help="chooses the rows of a limited run")
-    parser.add_argument("--max_bad_rows", type=whole_number, default=0, help="broken rows to leave out before stopping")
+    parser.add_argument("--max_bad_rows", type=natural, default=0, help="broken rows to leave out before stopping")
     add_llm_arguments(parser, temperature=0.0, max_new_tokens=16)
     return parser
 

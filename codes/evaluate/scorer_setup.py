@@ -27,6 +27,7 @@ from huggingface_hub import snapshot_download
 
 from codes.common.base_model import model_hash, resolve_model_path
 from codes.common.chat import OVERLENGTH_POLICIES, ChatFormatter, Conversation
+from codes.common.cli import natural
 from codes.common.errors import ContrastRMError
 from codes.common.ranks import Ranks, join_launch, local_device
 from codes.common.records import ReadReport, ensure_writable_folder, file_sha256, write_json
@@ -73,13 +74,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder or hub id of a trained reward model, or a baseline: baseline:shorter",
     )
     parser.add_argument("--results_dir", default="results", help="parent of the model's results folder")
-    parser.add_argument(
-        "--max_length", type=whole_number, default=0, help="most tokens of a text; 0: the model's own limit"
-    )
+    parser.add_argument("--max_length", type=natural, default=0, help="most tokens of a text; 0: the model's own limit")
     parser.add_argument("--overlength", default="left", choices=OVERLENGTH_POLICIES, help="what happens beyond it")
     parser.add_argument(
         "--max_tokens_per_batch",
-        type=whole_number,
+        type=natural,
         default=0,
         help="computed tokens of a batch; 0: what suits the device",
     )
@@ -87,7 +86,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: as the weights were saved")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--seed", type=int, default=42, help="chooses the rows of a limited run")
-    parser.add_argument("--max_bad_rows", type=whole_number, default=0, help="broken rows to leave out before stopping")
+    parser.add_argument("--max_bad_rows", type=natural, default=0, help="broken rows to leave out before stopping")
     parser.add_argument("--attn_implementation", default=None, help="as transformers names it, e.g. sdpa or eager")
     parser.add_argument(
         "--score_store",
@@ -101,14 +100,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def scorer_options(args: argparse.Namespace) -> dict[str, Any]:
     """Those of the flags of ``add_model_arguments`` that ``load_scorer`` takes, as its keyword arguments."""
     return {name: getattr(args, name) for name in inspect.signature(load_scorer).parameters}
-
-
-def whole_number(text: str) -> int:
-    """Argparse type: 0, 1, 2, ..."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
 
 
 def load_scorer(
