@@ -14,33 +14,5 @@ PYTHON="${PYTHON:-python3}"
 LOADERS_TORCH="${LOADERS_TORCH:-$(grep -E '^torch==' constraints.txt)}"
 # ----------------------------------------------------------------------------------------------------------------
 
-stamp="$LOADERS_VENV/.contrastrm-requirements"
-log="$LOADERS_VENV/setup.log"
-wanted="$(cat benchmarks/requirements-loaders.txt - <<<"$LOADERS_TORCH" | cksum)"
-
-say() { printf '[setup_loaders] %s\n' "$*" >&2; }
-
-if [[ -x "$LOADERS_VENV/bin/python" && "$(cat "$stamp" 2>/dev/null)" == "$wanted" ]]; then
-  say "$LOADERS_VENV is ready"
-  exit 0
-fi
-if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-  say "$PYTHON is missing or older than 3.11. Name another one: PYTHON=/path/to/python3"
-  exit 1
-fi
-"$PYTHON" -m venv --clear "$LOADERS_VENV"
-printf '%s\n' "$LOADERS_TORCH" >"$LOADERS_VENV/constraints.txt"
-say "installing into $LOADERS_VENV (a few minutes; log: $log)"
-if ! "$LOADERS_VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar off \
-  -c "$LOADERS_VENV/constraints.txt" -r benchmarks/requirements-loaders.txt >"$log" 2>&1; then
-  tail -n 20 "$log" >&2
-  say "failed; the end of $log is above. Check the connection to your package index (pip config list) and the disk space."
-  exit 1
-fi
-"$LOADERS_VENV/bin/python" -c 'from rewardbench import REWARD_MODEL_CONFIG' >>"$log" 2>&1 || {
-  tail -n 20 "$log" >&2
-  say "rewardbench was installed but cannot be imported; the end of $log is above."
-  exit 1
-}
-printf '%s\n' "$wanted" >"$stamp"
-say "done"
+source benchmarks/venv.sh
+make_venv "$LOADERS_VENV" benchmarks/requirements-loaders.txt "$LOADERS_TORCH" 'from rewardbench import REWARD_MODEL_CONFIG' rewardbench

@@ -15,39 +15,7 @@ PYTHON="${PYTHON:-python3}"
 TRL_TORCH="${TRL_TORCH:-$(grep -E '^torch==' constraints.txt)}"
 # ----------------------------------------------------------------------------------------------------------------
 
-stamp="$TRL_VENV/.contrastrm-requirements"
-log="$TRL_VENV/setup.log"
-wanted="$(cat benchmarks/requirements-trl.txt constraints.txt - <<<"$TRL_TORCH" | cksum)"
-
-say() { printf '[setup_trl] %s\n' "$*" >&2; }
-
-if [[ -x "$TRL_VENV/bin/python" && "$(cat "$stamp" 2>/dev/null)" == "$wanted" ]]; then
-  say "$TRL_VENV is ready"
-  exit 0
-fi
-if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-  say "$PYTHON is missing or older than 3.11. Name another one: PYTHON=/path/to/python3"
-  exit 1
-fi
-"$PYTHON" -m venv --clear "$TRL_VENV"
-
-# The pin of torch is ours to replace, so it must not stand among the constraints a second time.
-constraints="$TRL_VENV/constraints.txt"
-{
-  grep -v -E '^torch==' constraints.txt
-  printf '%s\n' "$TRL_TORCH"
-} >"$constraints"
-say "installing into $TRL_VENV (a few minutes; log: $log)"
-if ! "$TRL_VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar off -c "$constraints" \
-  -r benchmarks/requirements-trl.txt >"$log" 2>&1; then
-  tail -n 20 "$log" >&2
-  say "failed; the end of $log is above. Check the connection to your package index (pip config list) and the disk space."
-  exit 1
-fi
-"$TRL_VENV/bin/python" -c 'from trl import RewardConfig, RewardTrainer' >>"$log" 2>&1 || {
-  tail -n 20 "$log" >&2
-  say "TRL was installed but cannot be imported; the end of $log is above."
-  exit 1
-}
-printf '%s\n' "$wanted" >"$stamp"
-say "done"
+source benchmarks/venv.sh
+# The pin of torch is replaced by TRL_TORCH, so it must not stand among the constraints a second time.
+constraints="$(grep -v -E '^torch==' constraints.txt)"$'\n'"$TRL_TORCH"
+make_venv "$TRL_VENV" benchmarks/requirements-trl.txt "$constraints" 'from trl import RewardConfig, RewardTrainer' TRL

@@ -182,6 +182,33 @@ def write_rows(tmp_path: Path) -> Callable[[str, Sequence[Any]], Path]:
     return write
 
 
+def launch_training(*flags: str, **knobs: str) -> subprocess.Popen[str]:
+    """``bash run_training.sh`` with these flags and knobs, on CPU ranks of one thread."""
+    environment = {
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "SKIP_SETUP": "1",
+        "PYTHON": sys.executable,
+        **knobs,
+    }
+    return subprocess.Popen(
+        ["bash", "run_training.sh", *flags],
+        cwd=REPO_ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(*processes: subprocess.Popen[str]) -> list[str]:
+    """What each of them printed; fails where one of them failed."""
+    outputs = [process.communicate(timeout=400) for process in processes]
+    for process, (_, error) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, error[-3000:]
+    return [out for out, _ in outputs]
+
+
 def run_module(module: str, *arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run ``python -m module`` as a user does."""
     return subprocess.run(

@@ -407,11 +407,12 @@ def test_unequal_work_is_refused(model_dir: Path, tiny_base_dir: Path, train_fil
         load_plain_model("output/no-such-model", precision="float32")
 
 
-def test_the_trl_setup_names_the_way_out_without_a_python(tmp_path: Path) -> None:
+@pytest.mark.parametrize("peer", ["trl", "loaders"])
+def test_a_setup_names_the_way_out_without_a_python(tmp_path: Path, peer: str) -> None:
     done = subprocess.run(
-        ["bash", "benchmarks/setup_trl.sh"],
+        ["bash", f"benchmarks/setup_{peer}.sh"],
         cwd=REPO_ROOT,
-        env={**os.environ, "PYTHON": str(tmp_path / "python9"), "TRL_VENV": str(tmp_path / "venv")},
+        env={**os.environ, "PYTHON": str(tmp_path / "python9"), f"{peer.upper()}_VENV": str(tmp_path / "venv")},
         capture_output=True,
         text=True,
         timeout=60,

@@ -47,7 +47,7 @@ from codes.train.reward_model import load_reward_model
 from codes.train.sources import parse_sources
 from codes.train.train_reward_model import main
 from codes.train.watch import resolve_eval_steps
-from tests.conftest import REPO_ROOT
+from tests.conftest import REPO_ROOT, finish, launch_training
 
 BASE = ["--precision", "fp32", "--warmup_steps", "1", "--learning_rate", "3e-3", "--seed", "7", "--report_to", "none"]
 
@@ -535,20 +535,8 @@ def test_two_ranks_evaluate_as_one_process(tiny_base_dir: Path, train_file: Path
     extra += ("--load_best_at_end", "1", "--learning_rate", "1e-2")
     train_here(tiny_base_dir, train_file, tmp_path / "single", *extra)
     out = tmp_path / "two"
-    knobs = {
-        "NUM_PROCESSES": "2",
-        "DEEPSPEED_CONFIG": engine,
-        "MODEL_PATH": str(tiny_base_dir),
-        "TRAIN_FILE": str(train_file),
-        "OUTPUT_DIR": str(out),
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "SKIP_SETUP": "1",
-        "PYTHON": sys.executable,
-    }
-    command = ["bash", "run_training.sh", *BASE, *extra]
-    done = subprocess.run(command, cwd=REPO_ROOT, env=os.environ | knobs, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
+    files = {"MODEL_PATH": str(tiny_base_dir), "TRAIN_FILE": str(train_file), "OUTPUT_DIR": str(out)}
+    finish(launch_training(*BASE, *extra, **files, NUM_PROCESSES="2", DEEPSPEED_CONFIG=engine))
     single, two = (read_lines(folder / "eval_log.jsonl") for folder in (tmp_path / "single", out))
     assert [e["step"] for e in two] == [e["step"] for e in single]
     for mine, theirs in zip(two, single, strict=True):

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,7 @@ from codes.train.data_utils import Group
 from codes.train.losses import contrastive_loss, margin_loss
 from codes.train.objective import Objective, bias_numbers, share_below_one
 from codes.train.train_reward_model import main
-from tests.conftest import REPO_ROOT
+from tests.conftest import finish, launch_training
 
 BASE = ["--precision", "fp32", "--epochs", "2", "--warmup_steps", "1", "--learning_rate", "1e-3", "--seed", "7"]
 TEXT = EncodedText((1, 2))
@@ -208,14 +205,9 @@ def test_two_ranks_equal_one(tiny_base_dir: Path, train_file: Path, tmp_path: Pa
     extra = ("--global_batch_size", "3", "--micro_batch_size", "1", "--max_rejected", "2", *CONTRASTIVE)
     single = train_here(tiny_base_dir, train_file, tmp_path / "single", *extra)
     out = tmp_path / "two"
-    knobs = {
-        "NUM_PROCESSES": "2", "DEEPSPEED_CONFIG": "none", "MODEL_PATH": str(tiny_base_dir), "TRAIN_FILE": str(train_file),
-        "OUTPUT_DIR": str(out), "CACHE_DIR": str(tmp_path / "cache-of-two"), "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1", "SKIP_SETUP": "1", "PYTHON": sys.executable,
-    }  # fmt: skip
-    command = ["bash", "run_training.sh", *BASE, *extra]
-    done = subprocess.run(command, cwd=REPO_ROOT, env=os.environ | knobs, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
+    files = {"MODEL_PATH": str(tiny_base_dir), "TRAIN_FILE": str(train_file), "OUTPUT_DIR": str(out)}
+    knobs = {"NUM_PROCESSES": "2", "DEEPSPEED_CONFIG": "none", "CACHE_DIR": str(tmp_path / "cache-of-two")}
+    finish(launch_training(*BASE, *extra, **files, **knobs))
     assert losses(read_log(out)) == pytest.approx(losses(single), abs=1e-5)
     assert_same_weights(tmp_path / "single", out, 1e-4)
     # One wrote the cache, both read it.

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from codes.common.errors import ContrastRMError
 from codes.train.checkpoints import MANIFEST_FILE, check_same_run, damage, hold_folder, list_checkpoints
 from codes.train.train_reward_model import main
-from tests.conftest import REPO_ROOT
+from tests.conftest import REPO_ROOT, finish, launch_training
 
 MODULE = "codes.train.train_reward_model"
 BASE = ["--precision", "fp32", "--epochs", "4", "--warmup_steps", "1", "--learning_rate", "1e-3", "--seed", "7"]
@@ -296,32 +296,15 @@ def test_kills_in_every_phase(tmp_path: Path) -> None:
     assert result["left_over"] == []
 
 
-def launch(command: list[str], engine: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    knobs = {
-        "NUM_PROCESSES": str(processes), "DEEPSPEED_CONFIG": engine, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
-        "SKIP_SETUP": "1", "PYTHON": sys.executable,
-    }  # fmt: skip
-    return subprocess.run(
-        ["bash", "run_training.sh", *command],
-        cwd=REPO_ROOT,
-        env=os.environ | knobs,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-
-
 def test_deepspeed_resumes_where_it_was(flags: Callable[..., list[str]], tmp_path: Path) -> None:
     """ZeRO-3 in bf16; ``benchmarks/training_kills.py --ranks 2 --engine ... --precision ...`` has the others, with kills."""
-    engine = "configs/ds_z3_config.json"
     whole, out = tmp_path / "whole", tmp_path / "out"
     extra = ("--precision", "bf16", "--save_steps", "7", "--learning_rate", "1e-4")
-    done = launch(flags(whole, *extra), engine)
-    assert done.returncode == 0, done.stderr[-3000:]
+    knobs = {"NUM_PROCESSES": "2", "DEEPSPEED_CONFIG": "configs/ds_z3_config.json"}
+    finish(launch_training(*flags(whole, *extra), **knobs))
     shutil.copytree(whole / "checkpoint-7", out / "checkpoint-7")
-    resumed = launch(flags(out, *extra, "--resume", "auto"), engine)
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert "resuming from" in resumed.stdout
+    [printed] = finish(launch_training(*flags(out, *extra, "--resume", "auto"), **knobs))
+    assert "resuming from" in printed
     assert_same_run(out, whole, 1e-6)
     shutil.copytree(whole / "checkpoint-7", tmp_path / "alone" / "checkpoint-7")
     with pytest.raises(ContrastRMError, match=r"belongs to another run \(.*engine 'deepspeed stage \d' -> 'plain'"):

@@ -23,7 +23,7 @@ from codes.train import memory
 from codes.train.engine import compile_backbone
 from codes.train.reward_model import load_reward_model
 from codes.train.train_reward_model import build_parser
-from tests.conftest import REPO_ROOT
+from tests.conftest import REPO_ROOT, finish, launch_training
 from tests.test_reward_model import CONVERSATIONS
 from tests.test_training import BASE, assert_same_weights, losses, read_log, train_here
 
@@ -40,32 +40,9 @@ def train_file(write_rows: Callable[..., Path], preference_rows: list[dict[str, 
 
 
 def launch(model: Path, data: Path, out: Path, *flags: str, **knobs: str) -> subprocess.Popen[str]:
-    """``run_training.sh`` on CPU ranks."""
-    environment = {
-        "MODEL_PATH": str(model),
-        "TRAIN_FILE": str(data),
-        "OUTPUT_DIR": str(out),
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "SKIP_SETUP": "1",
-        "PYTHON": sys.executable,
-        **knobs,
-    }
-    return subprocess.Popen(
-        ["bash", "run_training.sh", *BASE, *flags],
-        cwd=REPO_ROOT,
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(*processes: subprocess.Popen[str]) -> list[str]:
-    outputs = [process.communicate(timeout=280) for process in processes]
-    for process, (_, error) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, error[-3000:]
-    return [out for out, _ in outputs]
+    """A run of ``run_training.sh`` on these files."""
+    files = {"MODEL_PATH": str(model), "TRAIN_FILE": str(data), "OUTPUT_DIR": str(out)}
+    return launch_training(*BASE, *flags, **files, **knobs)
 
 
 # --- several ranks against one process

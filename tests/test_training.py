@@ -39,7 +39,7 @@ from codes.train.reward_model import load_reward_model
 from codes.train.sources import draw_epoch
 from codes.train.train_reward_model import main
 from codes.train.trainer import Schedule
-from tests.conftest import REPO_ROOT, run_module
+from tests.conftest import REPO_ROOT, finish, launch_training, run_module
 
 BASE = ["--precision", "fp32", "--epochs", "2", "--warmup_steps", "1", "--learning_rate", "3e-3", "--seed", "7"]
 
@@ -268,20 +268,8 @@ def test_two_ranks_equal_one_process(tiny_base_dir: Path, train_file: Path, tmp_
     extra = ("--global_batch_size", "3", "--micro_batch_size", "1")
     single = train_here(tiny_base_dir, train_file, tmp_path / "single", *extra)
     out = tmp_path / "two"
-    knobs = {
-        "NUM_PROCESSES": "2",
-        "DEEPSPEED_CONFIG": engine,
-        "MODEL_PATH": str(tiny_base_dir),
-        "TRAIN_FILE": str(train_file),
-        "OUTPUT_DIR": str(out),
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "SKIP_SETUP": "1",
-        "PYTHON": sys.executable,
-    }
-    command = ["bash", "run_training.sh", *BASE, *extra]
-    done = subprocess.run(command, cwd=REPO_ROOT, env=os.environ | knobs, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
+    files = {"MODEL_PATH": str(tiny_base_dir), "TRAIN_FILE": str(train_file), "OUTPUT_DIR": str(out)}
+    finish(launch_training(*BASE, *extra, **files, NUM_PROCESSES="2", DEEPSPEED_CONFIG=engine))
     assert losses(read_log(out)) == pytest.approx(losses(single), abs=1e-4)
     assert_same_weights(tmp_path / "single", out, 1e-4)
     args = json.loads((out / "train_args.json").read_text())
