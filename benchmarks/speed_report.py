@@ -12,12 +12,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.suites import GEMM, PROFILED
 from codes.common.records import write_jsonl, write_text
 from codes.common.reporting import BLUE, GREY, VERMILION, Section, number, render_markdown
 
 Line = dict[str, Any]
 RATES = {"training": "groups_per_second", "scoring": "texts_per_second"}
 UNITS = {"training": "groups/s", "scoring": "texts/s"}
+# Runs that are no peers.
+NOT_COMPARED = (GEMM, PROFILED)
 # A busy machine slows all peers down, but not all alike.
 QUIET_LOAD = 1.5
 
@@ -39,9 +42,10 @@ def write_report(lines: Sequence[Line], results_dir: str | Path, *, peak_tflops:
     sections = [Section("What was run", conditions(lines))]
     svg = None
     if kind in RATES:
-        for scenario in dict.fromkeys(line["scenario"] for line in lines if line["run"] != "gemm"):
+        for scenario in dict.fromkeys(line["scenario"] for line in lines if line["run"] not in NOT_COMPARED):
             sections.append(comparison_section(lines, scenario, peak_tflops))
-        svg = plot_rates_of(done) if any(line["run"] != "gemm" for line in done) else None
+            sections += profile_section(done, scenario)
+        svg = plot_rates_of(done) if any(line["run"] not in NOT_COMPARED for line in done) else None
     elif kind == "gemm_rate" and done:
         sections.append(gemm_section(done))
     elif done:
@@ -90,7 +94,7 @@ def conditions(lines: Sequence[Line]) -> list[str]:
 
 def comparison_section(lines: Sequence[Line], scenario: str, peak_tflops: float | None) -> Section:
     """One table: a row for each peer of a scenario."""
-    mine = [line for line in lines if line["scenario"] == scenario and line["run"] != "gemm"]
+    mine = [line for line in lines if line["scenario"] == scenario and line["run"] not in NOT_COMPARED]
     kind, dtype, baselines = mine[0]["kind"], mine[0]["dtype"], mine[0]["baselines"]
     by_run = {line["run"]: line for line in mine}
     order = sorted(by_run.values(), key=lambda line: line["position"])
@@ -159,7 +163,9 @@ def comparison_notes(
             f"{own['n_questions']} questions; rows: {files}."
         )
     notes = [what]
-    left_out = [name for name in lines[0].get("planned", ()) if name not in {"gemm", *(line["run"] for line in lines)}]
+    left_out = [
+        name for name in lines[0].get("planned", ()) if name not in {*NOT_COMPARED, *(line["run"] for line in lines)}
+    ]
     if left_out:
         notes.append(f"Not run: {', '.join(left_out)}.")
     if useful is not None:
@@ -171,6 +177,24 @@ def comparison_notes(
     if gemm is not None:
         notes.append(f"Matrix multiplication at the model's shapes, measured in the same rounds: {gemm:,.0f} GFLOP/s.")
     return notes
+
+
+def profile_section(lines: Sequence[Line], scenario: str) -> list[Section]:
+    """Where the time of our default goes, the median of the rounds; nothing where no round was profiled."""
+    mine = [line for line in lines if line["scenario"] == scenario and line["run"] == PROFILED]
+    if not mine:
+        return []
+    seconds = {
+        kind: statistics.median(line["seconds_by_kind"][kind] for line in mine) for kind in mine[0]["seconds_by_kind"]
+    }
+    total = sum(seconds.values())
+    rows = [[kind, significant(spent), f"{100 * spent / total:.0f} %"] for kind, spent in seconds.items()]
+    slowest = ", ".join(f"{one['name']} {significant(one['seconds'])} s" for one in mine[-1]["slowest_operators"])
+    notes = [
+        "Our default under the profiler, which slows it down a little: every operator's own time.",
+        f"Slowest operators of the last round: {slowest}.",
+    ]
+    return [Section(f"Profile {scenario}".strip(), notes, ["kind", "seconds", "share"], rows)]
 
 
 def rounds_of(lines: Iterable[Line], run: str) -> dict[int, float]:
@@ -193,7 +217,7 @@ def gemm_gflops(lines: Iterable[Line], dtype: str) -> float | None:
     best = [
         max(entry["layer_gflops"] for entry in line["rates"] if entry["dtype"] == dtype)
         for line in lines
-        if line["run"] == "gemm" and "failed" not in line
+        if line["run"] == GEMM and "failed" not in line
     ]
     return statistics.median(best) if best else None
 
@@ -257,11 +281,12 @@ def significant(value: float) -> str:
 
 def plot_rates_of(lines: Sequence[Line]) -> str:
     """Bars of the medians with the smallest and largest rate; one panel a scenario. SVG text."""
-    scenarios = list(dict.fromkeys(line["scenario"] for line in lines if line["run"] != "gemm"))
+    lines = [line for line in lines if line["run"] not in NOT_COMPARED]
+    scenarios = list(dict.fromkeys(line["scenario"] for line in lines))
 
     def draw(axes: Sequence[Any]) -> None:
         for axis, scenario in zip(axes, scenarios, strict=False):
-            mine = [line for line in lines if line["scenario"] == scenario and line["run"] != "gemm"]
+            mine = [line for line in lines if line["scenario"] == scenario]
             labels = {
                 line["run"]: line["label"] for line in sorted(mine, key=lambda line: line["position"], reverse=True)
             }

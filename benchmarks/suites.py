@@ -28,6 +28,8 @@ from codes.common.records import PreferenceRecord, file_sha256, read_preference_
 
 OWN, TRL = "this project's", "TRL's"
 GEMM = "gemm"
+# Our default once more, under the profiler: its time is no rate.
+PROFILED = "ours.profiled"
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,7 @@ def scoring_suite(name: str, options: Options) -> Suite:
             Run(f"ours.{packing}", label, f"{module}.ours", ("score", *common, *budget, "--packing", packing))
             for packing, label in OUR_LABELS.items()
         ),
+        Run(PROFILED, PROFILED_LABEL, f"{module}.ours", ("score", *common, *budget, "--profile", "1")),
     ]
     data = "RewardBench-style rows" if name == "scoring-rewardbench" else "the bias files"
     inputs = (_weights(options.model_path), *(f"{Path(file).name} {file_sha256(file)}" for file in files))
@@ -228,6 +231,7 @@ OUR_LABELS = {
     "packed": "ours, packed",
     "shared": "ours, packed with shared prefixes (default)",
 }
+PROFILED_LABEL = "ours, under the profiler"
 PRECISION_LABELS = {
     "float32": "float32",
     "autocast": "autocast over float32 weights",
@@ -322,10 +326,12 @@ def training_runs(
                 )
             )
     weights = "" if dtype == "float32" else ", float32 masters"
+    ours = ("train", *common, *groups, *temperature, "--precision", dtype)
+    ours += ("--max_tokens_per_batch", str(options.max_tokens_per_batch))
     for packing, label in OUR_LABELS.items():
-        arguments = ("train", *common, *groups, *temperature, "--precision", dtype, "--packing", packing)
-        arguments += ("--max_tokens_per_batch", str(options.max_tokens_per_batch))
+        arguments = (*ours, "--packing", packing)
         runs.append(Run(f"ours.{packing}", label + weights, "benchmarks.peers.ours", arguments, scenario))
+    runs.append(Run(PROFILED, PROFILED_LABEL, "benchmarks.peers.ours", (*ours, "--profile", "1"), scenario))
     return runs
 
 

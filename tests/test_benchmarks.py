@@ -447,7 +447,8 @@ def compared(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     folder = tmp_path_factory.mktemp("speed")
     options = ["--model_path", model_dir, "--device", "cpu", "--threads", 1, "--rounds", 1, "--seconds", 0.002]
     options += ["--files", EVAL / "length_bias.jsonl", "--percent", 20, "--output_dir", folder]
-    options += ["--results_dir", folder / "results", "--peers", "gemm", "original_loop", "ours.shared"]
+    options += ["--results_dir", folder / "results", "--peers"]
+    options += ["gemm", "original_loop", "ours.shared", "ours.profiled"]
     arguments = ["scoring-bf16", *map(str, options)]
     assert speed.main(arguments) == 0
     return folder, arguments
@@ -457,10 +458,10 @@ def test_a_suite_runs_every_peer_once_a_round_and_writes_its_table(compared: tup
     folder, _ = compared
     lines = speed.read_lines(folder / "scoring-bf16.jsonl")
     assert [(line["run"], line["round"]) for line in lines] == [
-        (name, 0) for name in ("gemm", "original_loop", "ours.shared")
+        (name, 0) for name in ("gemm", "original_loop", "ours.shared", "ours.profiled")
     ]
     assert all(line["machine"]["threads"] == 1 for line in lines)
-    gemm, original, shared = lines
+    gemm, original, shared, profiled = lines
     assert (folder / "results" / "scoring-bf16.jsonl").read_bytes() == (folder / "scoring-bf16.jsonl").read_bytes()
     table = (folder / "results" / "scoring-bf16.md").read_text()
     assert "Not run: pipeline, sorted_padded, ours.off, ours.packed." in table
@@ -471,11 +472,28 @@ def test_a_suite_runs_every_peer_once_a_round_and_writes_its_table(compared: tup
     rate = shared["useful_flops"] / shared["seconds"] / 1e9
     fastest = max(entry["layer_gflops"] for entry in gemm["rates"] if entry["dtype"] == "bfloat16")
     assert cells[6] == f"{100 * rate / fastest:.0f} %"
+    # The profiled run is a section of its own; its kinds add up to what the clock said.
+    assert not any(line.startswith("| ours, under the profiler") for line in table.splitlines())
+    kinds = profiled["seconds_by_kind"]
+    assert sum(kinds.values()) == pytest.approx(profiled["seconds"], rel=0.1)
+    assert min(kinds["matrix multiplication"], kinds["attention"], kinds["other operators"]) > 0 == kinds["optimizer"]
+    assert f"| attention | {kinds['attention']:.3g} |" in table
     assert 0 < (folder / "results" / "scoring-bf16.svg").stat().st_size < 200_000
     # The committed files name no place of this machine.
     assert not any(
         str(place) in path.read_text() for path in (folder / "results").iterdir() for place in (REPO_ROOT, folder)
     )
+
+
+def test_a_training_profile_knows_the_optimizer(
+    model_dir: Path, train_files: dict[str, Path], line_of: Callable[..., Line]
+) -> None:
+    options = ["train", "--model_path", model_dir, "--device", "cpu", "--train_file", train_files["groups"]]
+    options += ["--precision", "bfloat16", "--max_length", 1500]
+    line = line_of(ours.main, *options, "--groups_per_step", 2, "--steps", 1, "--profile", 1)
+    kinds = line["seconds_by_kind"]
+    assert min(kinds.values()) >= 0 < min(kinds[kind] for kind in ("optimizer", "attention", "matrix multiplication"))
+    assert sum(kinds.values()) == pytest.approx(line["seconds"], rel=0.1)
 
 
 def test_a_stopped_suite_goes_on_where_it_was(compared: tuple[Path, list[str]], tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from benchmarks.common import (
     write_line,
 )
 from benchmarks.padded import add_scoring_arguments, read_asked_texts, scoring_fields
+from benchmarks.profiling import Profile
 from codes.common.chat import ChatFormatter
 from codes.common.cli import natural, run
 from codes.common.errors import ContrastRMError
@@ -168,6 +169,7 @@ def run_training(
     temperature: float,
     packing: str,
     max_tokens_per_batch: int,
+    profile: int,
 ) -> None:
     """Train on the groups of a file in its order, and write the JSON line.
 
@@ -204,9 +206,10 @@ def run_training(
         # It goes on where it stopped.
         trainer.plan = plan
         memory.reset()
-        begin = now(place)
-        trainer.train()
-        seconds = now(place) - begin
+        with Profile(bool(profile), place) as profiled:
+            begin = now(place)
+            trainer.train()
+            seconds = now(place) - begin
         peak = memory.fields()
     timed = [trainer.groups[index] for step in plan[warmup_steps:] for index in step]
     batches, shared_batches = (
@@ -229,6 +232,7 @@ def run_training(
         "packing": trainer.packing,
         "max_tokens_per_batch": budget,
         "micro_steps": trainer.accelerator.gradient_accumulation_steps,
+        **profiled.fields(seconds),
     }
     result = training_fields(
         seconds=seconds,
@@ -259,6 +263,7 @@ def run_scoring(
     scores_file: str | None,
     packing: str,
     max_tokens_per_batch: int,
+    profile: int,
 ) -> None:
     """Score the texts of files, and write the JSON line; the time runs from the conversations to the scores.
 
@@ -275,9 +280,10 @@ def run_scoring(
     scorer.score(texts.conversations[:1])  # the first call sets things up
     memory = PeakMemory(place)
     memory.reset()
-    begin = now(place)
-    found = scorer.score(texts.conversations)
-    seconds = now(place) - begin
+    with Profile(bool(profile), place) as profiled:
+        begin = now(place)
+        found = scorer.score(texts.conversations)
+        seconds = now(place) - begin
     peak = memory.fields()
     encoded = formatter.encode(texts.conversations)
     distinct = [text.input_ids for text in dict.fromkeys(encoded)]
@@ -298,6 +304,7 @@ def run_scoring(
         "packing": scorer.packing,
         "max_tokens_per_batch": scorer.max_tokens_per_batch,
         **scoring_fields(result, texts, sum(len(text.input_ids) for text in encoded), scores_file),
+        **profiled.fields(seconds),
     }
     write_line(fields | model_fields(model_path), output_file)
 
@@ -313,6 +320,7 @@ def build_parser() -> argparse.ArgumentParser:
         task.add_argument(
             "--max_tokens_per_batch", type=natural, default=0, help="computed tokens at once; 0: what suits the device"
         )
+        task.add_argument("--profile", type=int, choices=(0, 1), default=0, help="1: where the time goes, by kind")
         if name == "train":
             task.add_argument("--temperature", type=float, default=0.5, help="1 makes pairs comparable with TRL's loss")
     return parser
