@@ -61,7 +61,7 @@ from codes.train.held_out import (
     split_questions,
 )
 from codes.train.lora import ADAPTER_FOLDER, add_lora_arguments, lora_settings, trained_share
-from codes.train.memory import choose_token_budget
+from codes.train.memory import choose_token_budget, zero_config
 from codes.train.model_card import model_card, training_summary
 from codes.train.objective import MODES, Objective, add_objective_arguments, take_objective
 from codes.train.plots import draw_training_curves
@@ -157,6 +157,7 @@ def train(
     folder = ensure_writable_folder(output_dir)
     check_model_is_elsewhere(model_path, folder)
     check_trackers(report_to)
+    zero_config()  # one that is unusable shows now, not when the weights are loaded
     # Before the weights are loaded: a bad row shows at once.
     split = split_questions(
         parse_sources(train_file),
