@@ -538,8 +538,6 @@ def _name_for_older_readers(folder: Path, tokenizer: PreTrainedTokenizerBase, *,
         settings["model_input_names"] = ["input_ids", "attention_mask"]
     for local in ("is_local", "local_files_only"):
         settings.pop(local, None)
-    if not takes_segments:
-        settings["model_input_names"] = ["input_ids", "attention_mask"]
     if isinstance(tokenizer.chat_template, str):
         settings["chat_template"] = tokenizer.chat_template
     text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
