@@ -109,8 +109,9 @@ if ((NUM_MACHINES > 1)) && [[ -z "$MAIN_PROCESS_IP" || "$MAIN_PROCESS_PORT" == 0
 fi
 
 module=(-m codes.train.train_reward_model)
-on_ranks=(accelerate launch --num_processes "$((processes * NUM_MACHINES))" --num_machines "$NUM_MACHINES"
-  --main_process_port "$MAIN_PROCESS_PORT")
+on_ranks=(accelerate launch --config_file configs/accelerate.yaml
+  --num_processes "$((processes * NUM_MACHINES))" --num_machines "$NUM_MACHINES"
+  --main_process_port "$MAIN_PROCESS_PORT" --mixed_precision no --dynamo_backend no)
 if ((NUM_MACHINES > 1)); then
   on_ranks+=(--machine_rank "$MACHINE_RANK" --main_process_ip "$MAIN_PROCESS_IP")
 fi
@@ -121,7 +122,7 @@ if ((processes * NUM_MACHINES == 1)) && { ((gpus == 0)) || [[ "$DEEPSPEED_CONFIG
 elif [[ "$DEEPSPEED_CONFIG" == none ]]; then
   # --multi_gpu means one process per rank. Without a GPU the ranks find each other only when told to use the CPU;
   # accelerate's own --cpu would start one process.
-  start=("${on_ranks[@]}" --multi_gpu --mixed_precision no --dynamo_backend no "${module[@]}")
+  start=("${on_ranks[@]}" --multi_gpu "${module[@]}")
   ((gpus > 0)) || start=(env ACCELERATE_USE_CPU=true "${start[@]}")
 else
   if [[ ! -f "$DEEPSPEED_CONFIG" ]]; then

@@ -153,8 +153,8 @@ run_ranks() {
   elif [[ -n "$told" ]]; then
     exit "$told"
   elif ((status != 0)); then
-    printf '%s: a process of the run died (exit code %s of the launcher, its account is above). Checkpoints are whole: %s\n' \
-      "$(basename -- "$0")" "$status" "RESUME=auto continues from the newest" >&2
+    printf '%s: a process of the run died (exit code %s of the launcher, its account is above). %s\n' \
+      "$(basename -- "$0")" "$status" "RESUME=auto continues from the newest checkpoint, or from the start without one" >&2
   fi
   exit "$status"
 }
@@ -193,7 +193,8 @@ exec_on_processes() {
   processes="$(count_processes "$gpus" "$wanted")" || exit
   if ((processes > 1)); then
     # --multi_gpu means one process per rank, without a GPU too.
-    launch=(accelerate launch --multi_gpu --num_processes "$processes" --num_machines 1 --main_process_port 0)
+    launch=(accelerate launch --config_file "$CONTRASTRM_ROOT/configs/accelerate.yaml" --multi_gpu)
+    launch+=(--num_processes "$processes" --num_machines 1 --main_process_port 0)
     launch+=(--mixed_precision no --dynamo_backend no)
     ((gpus > 0)) || launch=(env ACCELERATE_USE_CPU=true "${launch[@]}")
   fi

@@ -435,6 +435,11 @@ def test_live_scores_are_the_scorers_own(tiny_llama_dir: Path, packing: str) -> 
     live(input_ids=ids, attention_mask=torch.ones_like(ids)).sum().backward()
 
 
+def read_held_out_texts(out: Path) -> list[Conversation]:
+    records, _ = read_preference_file(out / "held_out.jsonl")
+    return [Conversation(r.messages, answer) for r in records for answer in (*r.rejected, r.chosen)]
+
+
 def test_best_is_kept_beside_the_checkpoints(tiny_base_dir: Path, train_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     extra = ("--eval_steps", "2", "--save_steps", "3", "--keep_checkpoints", "1", "--metric_for_best", "loss")
@@ -453,11 +458,13 @@ def test_best_is_kept_beside_the_checkpoints(tiny_base_dir: Path, train_file: Pa
     train_here(tiny_base_dir, train_file, other, *HELD, *extra, "--learning_rate", "3e-2", "--load_best_at_end", "1")
     assert same_weights(other, out / f"best-{best['step']}") and not list(other.glob("*best-*"))
     assert read_summary(other)["held_out"]["step_of_saved_weights"] == best["step"]
-    assert "Reward model" in (other / "README.md").read_text()
+    card = (other / "README.md").read_text()
+    assert f"The weights are those after step {best['step']}, the best by held-out loss." in card
+    assert f"On {len(read_held_out_texts(other))} texts of its held-out data the raw score has mean" in card
+    last = (out / "README.md").read_text()
+    assert "texts of its training data the raw score has mean" in last and "The weights are those" not in last
     model, tokenizer = load_reward_model(str(other), dtype="float32")
-    records, _ = read_preference_file(other / "held_out.jsonl")
-    texts = [Conversation(r.messages, answer) for r in records for answer in (*r.rejected, r.chosen)]
-    scores = Scorer(model, ChatFormatter(tokenizer), progress=False).score(texts).scores
+    scores = Scorer(model, ChatFormatter(tokenizer), progress=False).score(read_held_out_texts(other)).scores
     assert float(scores.mean()) == pytest.approx(best["eval/score_mean"], abs=1e-4)
     assert json.loads((other / "config.json").read_text())["reward_mean"] == best["eval/score_mean"]
 

@@ -280,6 +280,17 @@ def test_missing_and_foreign_folders(tmp_path: Path, tiny_llama_dir: Path) -> No
     one_line_refusal(tiny_llama_dir, "unknown dtype 'float8'; known: auto, float32", dtype="float8")
 
 
+def test_a_missing_package_is_one_line(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise ImportError("FlashAttention2 has been toggled on, but it cannot be used:\nflash_attn is not installed.")
+
+    words = "FlashAttention2 .* flash_attn is not installed. Install the package, or .*--attn_implementation auto"
+    for loader in (AutoModelForSequenceClassification, AutoTokenizer):
+        with monkeypatch.context() as patch:
+            patch.setattr(loader, "from_pretrained", refuse)
+            one_line_refusal(tiny_llama_dir, words)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [

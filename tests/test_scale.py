@@ -22,7 +22,7 @@ from codes.common.scoring import Scorer
 from codes.train import memory
 from codes.train.engine import compile_backbone
 from codes.train.reward_model import load_reward_model
-from codes.train.train_reward_model import build_parser
+from codes.train.train_reward_model import build_parser, main
 from tests.conftest import REPO_ROOT, finish, launch_training
 from tests.test_reward_model import CONVERSATIONS
 from tests.test_training import BASE, assert_same_weights, losses, read_log, train_here
@@ -174,6 +174,49 @@ def test_the_estimate_reads_the_configuration(monkeypatch: pytest.MonkeyPatch) -
         "ds_z3_config": (3, set()),
         "ds_z3_offload_config": (3, {"optimizer", "param"}),
     }
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"zero_optimization": {"stage": 2},}', "cannot read the DeepSpeed configuration"),
+        ("[]", "is no DeepSpeed configuration"),
+        (
+            '{"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}',
+            "sets optimizer, which the flags set here",
+        ),
+    ],
+)
+def test_an_unusable_configuration_is_named_before_the_work(
+    content: str, words: str, tiny_base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(content)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
+    with pytest.raises(ContrastRMError, match=words):
+        main(["--model_path", str(tiny_base_dir), "--output_dir", str(tmp_path / "out"), "--report_to", "none"])
+
+
+def test_a_home_folder_does_not_configure_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``accelerate config`` leaves there after its questions on DeepSpeed."""
+    from accelerate.commands import launch
+    from accelerate.commands.config import config_args
+
+    home = tmp_path / "default_config.yaml"
+    home.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nmixed_precision: bf16\ngpu_ids: '0'\n"
+        "num_processes: 4\ndebug: false\nuse_cpu: false\ndeepspeed_config: {zero_stage: 2, gradient_accumulation_steps: 4}\n"
+    )
+    for module in (launch, config_args):
+        monkeypatch.setattr(module, "default_config_file", str(home))
+    monkeypatch.chdir(REPO_ROOT)
+    for engine in ("configs/ds_z3_config.json", "none"):
+        words = shlex.split(dry_run(NUM_PROCESSES="2", DEEPSPEED_CONFIG=engine).stdout)
+        parsed = launch.launch_command_parser().parse_args(words[words.index("launch") + 1 :])
+        args, defaults, _ = launch._validate_launch_command(parsed)
+        assert (args.gpu_ids, args.num_processes, args.mixed_precision) == ("all", 2, "no")
+        assert not args.gradient_accumulation_steps and not defaults.deepspeed_config
 
 
 # --- torch.compile

@@ -186,6 +186,10 @@ def test_unreadable_sources_are_named(tmp_path: Path) -> None:
         read(parse_sources(str(broken))[0])
     with pytest.raises(ContrastRMError, match="not found"):
         read(parse_sources(str(tmp_path / "absent.parquet"))[0])
+    with pytest.raises(ContrastRMError, match=r"is written hub:trl-lib/ultrafeedback_binarized$"):
+        read(parse_sources("trl-lib/ultrafeedback_binarized")[0])
+    with pytest.raises(ContrastRMError, match=r"check the path$"):
+        read(parse_sources("data/absent.jsonl")[0])
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(ContrastRMError, match="cannot load"):

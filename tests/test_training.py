@@ -343,6 +343,39 @@ def test_a_new_run_does_not_mix_with_an_old_runs_checkpoints(
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(out).items())
 
 
+def test_nothing_of_an_earlier_run_passes_for_the_new_ones(
+    tiny_base_dir: Path, train_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    watched = (
+        "--held_out_share",
+        "0.3",
+        "--load_best_at_end",
+        "1",
+        "--metric_for_best",
+        "loss",
+        "--learning_rate",
+        "5e-2",
+    )
+    train_here(
+        tiny_base_dir, train_file, out, "--lora_rank", "2", "--global_batch_size", "2", "--eval_steps", "1", *watched
+    )
+    earlier = {"adapter", "best.json", "held_out.jsonl", "eval_log.jsonl"}
+    assert earlier <= {path.name for path in out.iterdir()}, (
+        "the test needs a run whose last evaluation is not its best"
+    )
+    (out / "nan_report.json").write_text("{}")
+    train_here(tiny_base_dir, train_file, out, "--max_steps", "1", "--held_out_share", "0")
+    assert not (earlier | {"nan_report.json"}) & {path.name for path in out.iterdir()}
+    # Nor does a run clear away what it starts from.
+    before = weights(out)
+    (out / "best-3").mkdir()
+    for start in (out, out / "best-3", out / "adapter"):
+        with pytest.raises(ContrastRMError, match=r"lies in --output_dir .* choose another --output_dir"):
+            train_here(start, train_file, out)
+    assert (out / "config.json").is_file() and weights(out).keys() == before.keys()
+
+
 def test_resume_with_another_micro_batch_size_keeps_the_steps(
     tiny_base_dir: Path, train_file: Path, tmp_path: Path
 ) -> None:

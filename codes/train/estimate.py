@@ -190,8 +190,8 @@ def report_lines(result: dict[str, Any]) -> list[str]:
         "an epoch",
         "texts",
         "tokens",
-        "too long",
-        "cut",
+        "groups too long",
+        "texts cut",
         "no negative",
     )
     keys = (

@@ -105,13 +105,27 @@ def state_bytes(
 
 
 def zero_config() -> dict[str, Any] | None:
-    """``zero_optimization`` of the launcher's DeepSpeed configuration; None without DeepSpeed."""
+    """``zero_optimization`` of the launcher's DeepSpeed configuration; None without DeepSpeed.
+
+    Raises:
+        ContrastRMError: It cannot be read, or sets what the flags set.
+    """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
         return None
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
     if file and Path(file).is_file():
-        config: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))
-        found: dict[str, Any] = config.get("zero_optimization", {})
+        try:
+            config = json.loads(Path(file).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ContrastRMError(f"cannot read the DeepSpeed configuration {file}: {error}") from error
+        found = config.get("zero_optimization", {}) if isinstance(config, dict) else None
+        if not isinstance(found, dict):
+            raise ContrastRMError(f"{file} is no DeepSpeed configuration: start from configs/ds_z3_config.json")
+        if doubled := [name for name in ("optimizer", "scheduler") if name in config]:
+            raise ContrastRMError(
+                f"{file} sets {' and '.join(doubled)}, which the flags set here (--learning_rate, --weight_decay, "
+                "--warmup_steps): take these sections out"
+            )
         return found
     return {"stage": int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))}
 

@@ -74,7 +74,7 @@ def model_card(arguments: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     Args:
         arguments: Of the run, as in ``train_args.json``.
         summary: Of the run (``training_summary``); ``groups_per_source``, ``rejected_per_bias``, ``reward_mean``,
-            ``reward_std``, ``max_length`` and ``metrics`` are shown where they are there.
+            ``reward_std`` (of ``reward_n`` texts), ``max_length`` and ``metrics`` are shown where they are there.
     """
     base, licence = base_of(str(arguments["model_path"]))
     lora = int(arguments.get("lora_rank") or 0)
@@ -86,10 +86,11 @@ def model_card(arguments: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
         base_model=base if is_hub_id(base) else None,
         license=licence,
     ).to_yaml()
+    adapter_only = bool(lora) and not merged
     parts = [
         f"---\n{header}\n---\n# Reward model trained with ContrastRM",
-        _opening(arguments, summary, base, licence, lora),
-        _how_to_load(arguments, summary, adapter_only=bool(lora) and not merged),
+        _opening(arguments, summary, base, licence, lora, adapter_only=adapter_only),
+        _how_to_load(arguments, summary, adapter_only=adapter_only),
         _data(arguments, summary),
         _metrics(summary),
         "## Arguments\n\n" + _table(("argument", "value"), sorted(arguments.items())),
@@ -99,21 +100,36 @@ def model_card(arguments: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
 
 
 def _opening(
-    arguments: Mapping[str, Any], summary: Mapping[str, Any], base: str, licence: str | None, lora: int
+    arguments: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    base: str,
+    licence: str | None,
+    lora: int,
+    *,
+    adapter_only: bool,
 ) -> str:
     mean, std = summary.get("reward_mean"), summary.get("reward_std")
+    saved_step = summary.get("held_out", {}).get("step_of_saved_weights", summary["steps"])
+    is_last = saved_step == summary["steps"]
+    where = "`train_summary.json`" if adapter_only else "`config.json`"
     scale = (
-        f"On {summary.get('reward_n', '?')} texts of its training data the raw score has mean {mean:.4g} and standard deviation "
-        f"{std:.4g} (`reward_mean` and `reward_std` in `config.json`); no score is scaled by them."
+        f"On {summary['reward_n']} texts of its {'training' if is_last else 'held-out'} data the raw score has mean {mean:.4g} "
+        f"and standard deviation {std:.4g} (`reward_mean` and `reward_std` in {where}); no score is scaled by them."
         if mean is not None and std is not None
         else "Its scores have no fixed scale."
     )
+    weights = (
+        ""
+        if is_last
+        else f" The weights are those after step {saved_step}, the best by held-out {arguments['metric_for_best']}."
+    )
+    whole = "`adapter/`" if adapter_only else "The folder"
     how = f"a LoRA adapter of rank {lora} and the score head were trained" if lora else "all weights were trained"
     return (
         f"One label, a raw score: higher is better; only differences between answers to one question mean something. {scale}\n\n"
         f"Base model: {base} (licence: {licence or 'see its own card'}). Trained {summary['steps']} steps on "
-        f"{summary['groups']} groups of one chosen and one or more rejected answers ({arguments['mode']} loss; {how}). "
-        "The folder is complete: tokenizer, chat template and pad id are those of the training."
+        f"{summary['groups']} groups of one chosen and one or more rejected answers ({arguments['mode']} loss; {how}).{weights} "
+        f"{whole} is complete: tokenizer, chat template and pad id are those of the training."
     )
 
 

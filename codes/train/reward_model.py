@@ -304,6 +304,8 @@ def _read_classifier(
             )
     except (OSError, HfHubHTTPError, SafetensorError) as error:
         raise _unloadable(shown, error) from error
+    except ImportError as error:  # flash_attention_2, or what a model's own code imports
+        raise _needs_package(shown, error) from error
     except ValueError as error:
         raise ContrastRMError(f"cannot load {shown!r} as a reward model: {error}") from error
     except RuntimeError as error:
@@ -352,7 +354,17 @@ def _load_config_and_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(str(adapter) if own else path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise _unloadable(shown, error) from error
+    except ImportError as error:
+        raise _needs_package(shown, error) from error
     return config, tokenizer
+
+
+def _needs_package(model_path: str, error: ImportError) -> ContrastRMError:
+    reason = " ".join(str(error).split())
+    return ContrastRMError(
+        f"cannot load the model {model_path!r}: {reason} Install the package, or choose another attention "
+        "(--attn_implementation auto) where that is what needs it"
+    )
 
 
 def _unloadable(model_path: str, error: Exception) -> ContrastRMError:
@@ -538,8 +550,6 @@ def _name_for_older_readers(folder: Path, tokenizer: PreTrainedTokenizerBase, *,
         settings["model_input_names"] = ["input_ids", "attention_mask"]
     for local in ("is_local", "local_files_only"):
         settings.pop(local, None)
-    if not takes_segments:
-        settings["model_input_names"] = ["input_ids", "attention_mask"]
     if isinstance(tokenizer.chat_template, str):
         settings["chat_template"] = tokenizer.chat_template
     text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)

@@ -103,7 +103,9 @@ def _exists(text: str) -> bool:
 def _require_file(name: str) -> Path:
     path = Path(name)
     if not _exists(name) or not path.is_file():
-        raise ContrastRMError(f"file not found: {name[:200]}; check the path")
+        is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in (".jsonl", ".json", *PARQUET_SUFFIXES)
+        hint = f"a data set of the hub is written {HUB_PREFIX}{name}" if is_hub_id else "check the path"
+        raise ContrastRMError(f"file not found: {name[:200]}; {hint}")
     return path
 
 

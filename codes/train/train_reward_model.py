@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -26,7 +27,7 @@ from codes.common.cli import EXIT_STOPPED, natural, non_negative_float, positive
 from codes.common.errors import ContrastRMError
 from codes.common.records import ensure_writable_folder, write_json, write_jsonl
 from codes.common.scoring import PACKINGS, Scorer, resolve_packing
-from codes.train.best_checkpoint import BestFolder, add_best_checkpoint_arguments, resolve_ranking
+from codes.train.best_checkpoint import BEST_FILE, BestFolder, add_best_checkpoint_arguments, resolve_ranking
 from codes.train.checkpoints import (
     add_checkpoint_arguments,
     choose_checkpoint,
@@ -37,6 +38,7 @@ from codes.train.checkpoints import (
 )
 from codes.train.contamination import CONTAMINATION_FILE, check_contamination, expand_files
 from codes.train.data_utils import NEGATIVES, count_micro_steps
+from codes.train.divergence import REPORT_FILE
 from codes.train.engine import (
     PRECISIONS,
     check_same_micro_steps,
@@ -58,8 +60,8 @@ from codes.train.held_out import (
     print_held_out,
     split_questions,
 )
-from codes.train.lora import add_lora_arguments, lora_settings, trained_share
-from codes.train.memory import choose_token_budget
+from codes.train.lora import ADAPTER_FOLDER, add_lora_arguments, lora_settings, trained_share
+from codes.train.memory import choose_token_budget, zero_config
 from codes.train.model_card import model_card, training_summary
 from codes.train.objective import MODES, Objective, add_objective_arguments, take_objective
 from codes.train.plots import draw_training_curves
@@ -78,6 +80,10 @@ ESTIMATED = (
     "global_batch_size", "micro_batch_size", "max_tokens_per_batch", "seed", "limit", "max_bad_rows", "max_rejected",
     "cache_dir", "contamination_files", "fail_on_contamination", "trust_remote_code", "held_out_share", "eval_file",
     "bias_eval_dir",
+)  # fmt: skip
+# What a run writes that could pass for another run's.
+OF_A_RUN = (
+    LOG_FILE, EVAL_LOG_FILE, HELD_OUT_FILE, BEST_FILE, REPORT_FILE, "train_summary.json", "config.json",
 )  # fmt: skip
 
 
@@ -149,7 +155,9 @@ def train(
     arguments = {key: value for key, value in locals().items() if key not in ("objective", "stop")} | asdict(objective)
     started = time.perf_counter()
     folder = ensure_writable_folder(output_dir)
+    check_model_is_elsewhere(model_path, folder)
     check_trackers(report_to)
+    zero_config()  # one that is unusable shows now, not when the weights are loaded
     # Before the weights are loaded: a bad row shows at once.
     split = split_questions(
         parse_sources(train_file),
@@ -377,8 +385,9 @@ def train(
         trainer.load_checkpoint(checkpoint)
     elif accelerator.is_main_process:
         # A model or log of an earlier run must not pass for this one's.
-        for name in (LOG_FILE, EVAL_LOG_FILE, "train_summary.json", "config.json"):
+        for name in OF_A_RUN:
             (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / ADAPTER_FOLDER, ignore_errors=True)
         BestFolder(folder).keep_only()
     if accelerator.is_main_process:
         remove_unfinished(folder)
@@ -423,7 +432,8 @@ def train(
             # The weights in memory are not those that are saved: theirs were measured on held-out data.
             at_best = next(entry for entry in watch.evaluations if entry["step"] == adopted)
             reward_mean, reward_std = at_best.get("eval/score_mean"), at_best.get("eval/score_std")
-            summary |= {"reward_mean": reward_mean, "reward_std": reward_std}
+            n_texts = sum(1 + len(group.rejected) for group in watch.held_out.groups)
+            summary |= {"reward_mean": reward_mean, "reward_std": reward_std, "reward_n": n_texts}
         summary |= {"fingerprint": trainer.fingerprint}
         summary |= held_out_summary(held_out_records, held_out, watch, adopted_step=adopted)
         draw_training_curves(
@@ -455,6 +465,21 @@ def train(
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return folder
+
+
+def check_model_is_elsewhere(model_path: str, output_dir: Path) -> None:
+    """A run clears its folder of an earlier run's model before it has one of its own.
+
+    Raises:
+        ContrastRMError: That is the model that it would start from.
+    """
+    model, folder = Path(model_path).expanduser().resolve(), output_dir.resolve()
+    is_part = model.parent == folder and (model.name == ADAPTER_FOLDER or model.name.startswith("best-"))
+    if model == folder or is_part:
+        raise ContrastRMError(
+            f"--model_path {model_path} lies in --output_dir {output_dir}, where the run would overwrite it: choose another "
+            "--output_dir (to continue a run, keep its first --model_path and set --resume auto)"
+        )
 
 
 def build_parser() -> argparse.ArgumentParser:
