@@ -349,6 +349,14 @@ def _compiled_flex() -> Callable[..., torch.Tensor]:
     return torch.compile(flex_attention, dynamic=True)  # type: ignore[no-any-return]
 
 
+@cache
+def _compiled_block_mask() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    # Compiled, the mask of all pairs is never written. Dynamic, so that the second length is not compiled anew.
+    return torch.compile(create_block_mask, dynamic=True)
+
+
 def _flex(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -373,9 +381,8 @@ def _flex(
             return seen if window is None else seen & (positions[q] - positions[k] < window)
 
         n = layout.n_tokens
-        layout.cache[cache_key] = create_block_mask(
-            sees, None, None, n, n, device=query.device, BLOCK_SIZE=FLEX_BLOCK, _compile=on_gpu
-        )
+        make_mask = _compiled_block_mask() if on_gpu else create_block_mask
+        layout.cache[cache_key] = make_mask(sees, None, None, n, n, device=query.device, BLOCK_SIZE=FLEX_BLOCK)
 
     def squeeze(score: torch.Tensor, batch: Any, head: Any, q: Any, k: Any) -> torch.Tensor:
         return torch.tanh(score / softcap) * softcap
