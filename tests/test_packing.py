@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -568,3 +569,16 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(packing: str, tiny_lla
     tiny = Narrow(copy.deepcopy(model), limit=longest - 1)
     with pytest.raises(ContrastRMError, match=f"a text of {longest} tokens does not fit into the memory"):
         Scorer(tiny, formatter, packing=packing, progress=False).score(texts)
+
+
+def test_out_of_memory_in_step_with_other_processes_stops_instead_of_halving(tiny_llama_dir: Any) -> None:
+    from codes.train.reward_model import load_reward_model
+
+    model, tokenizer = load_reward_model(str(tiny_llama_dir), dtype="float32")
+    formatter = ChatFormatter(tokenizer)
+    narrow = Narrow(model, limit=10)
+    accelerator: Any = SimpleNamespace(num_processes=2)
+    scorer = Scorer(narrow, formatter, packing="off", progress=False, accelerator=accelerator)
+    with pytest.raises(ContrastRMError, match="between the steps: lower --max_tokens_per_batch"):
+        scorer.compute(formatter.encode(conversations(6, 3)))
+    assert len(narrow.seen) == 1
