@@ -167,8 +167,10 @@ class RewardModel(nn.Module):
                 together = self._pooled(pack.input_ids, None, pack.layout, pack.ends)
             except torch.OutOfMemoryError:
                 raise
-            except PROBE_FAILURES as error:
-                return f"a probe pack fails in it: {str(error).strip().partition(chr(10))[0] or type(error).__name__}"
+            except PROBE_FAILURES as failure:
+                return (
+                    f"a probe pack fails in it: {str(failure).strip().partition(chr(10))[0] or type(failure).__name__}"
+                )
         expected = torch.cat(alone).double()
         error = float((together.double() - expected).norm(dim=-1).max() / expected.norm(dim=-1).max().clamp(min=1e-12))
         allowed = PROBE_TOLERANCE if weight.dtype in (torch.float32, torch.float64) else PROBE_TOLERANCE_HALF
