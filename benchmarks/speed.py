@@ -212,7 +212,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--rows_per_micro_batch", type=positive, default=8, help="answers at once, original loop and TRL"
     )
     training.add_argument("--gradient_checkpointing", type=int, choices=(0, 1), default=None)
-    training.add_argument("--max_tokens", type=positive, default=4096, help="padded tokens at once, sorted baseline")
+    training.add_argument(
+        "--max_tokens", type=natural, default=0, help="padded tokens at once, sorted baseline; 0: as ours"
+    )
     training.add_argument("--max_tokens_per_batch", type=natural, default=0, help="computed tokens at once, ours")
     sizes = parser.add_argument_group("gpu, growth and gemm")
     sizes.add_argument("--shape", dest="shapes", nargs="+", choices=tuple(SHAPES), default=[])

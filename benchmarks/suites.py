@@ -25,6 +25,7 @@ from codes.common.base_model import model_hash
 from codes.common.chat import ChatFormatter
 from codes.common.errors import ContrastRMError
 from codes.common.records import PreferenceRecord, file_sha256, read_preference_file, write_jsonl
+from codes.common.scoring import default_token_budget
 
 OWN, TRL = "this project's", "TRL's"
 GEMM = "gemm"
@@ -41,7 +42,7 @@ class Options:
         groups_per_step: Groups of an optimizer step.
         steps: Timed steps.
         rows_per_micro_batch: Answers that the original loop and TRL compute at once.
-        max_tokens: Padded tokens of a batch of the sorted baseline.
+        max_tokens: Padded tokens of a batch of the sorted baseline; 0: as many as ours computes.
         max_tokens_per_batch: Computed tokens of a batch of ours; 0: what suits the device.
         percent: So many of a hundred questions are scored.
     """
@@ -56,7 +57,7 @@ class Options:
     steps: int | None = None
     warmup_steps: int = 1
     rows_per_micro_batch: int = 8
-    max_tokens: int = 4096
+    max_tokens: int = 0
     max_tokens_per_batch: int = 0
     max_length: int = 1024
     gradient_checkpointing: int | None = None
@@ -207,7 +208,7 @@ def scoring_suite(name: str, options: Options) -> Suite:
     common = ("--model_path", str(options.model_path), "--precision", precision, "--device", options.device)
     common += ("--percent", str(percent), "--seed", str(options.seed), "--files", *files)
     budget = ("--max_tokens_per_batch", str(options.max_tokens_per_batch))
-    sorted_budget = ("--max_tokens", str(options.max_tokens))
+    sorted_budget = ("--max_tokens", str(sorted_tokens(options)))
     module = "benchmarks.peers"
     runs = [
         gemm_run(options, options.model_path),
@@ -287,6 +288,7 @@ def training_runs(
     # TRL's loss knows no temperature.
     temperature = ("--temperature", "1" if sizes.answers == 2 else "0.5")
     micro_batch = max(1, options.rows_per_micro_batch // sizes.answers)
+    max_tokens = str(sorted_tokens(options))
     runs = []
     for mode in modes:
         runs.append(
@@ -304,7 +306,7 @@ def training_runs(
                 f"sorted_padded.{mode}",
                 f"sorted, padded, {PRECISION_LABELS[mode]}",
                 "benchmarks.peers.sorted_padded",
-                ("train", *common, *groups, *temperature, "--precision", mode, "--max_tokens", str(options.max_tokens)),
+                ("train", *common, *groups, *temperature, "--precision", mode, "--max_tokens", max_tokens),
                 scenario,
             )
         )
@@ -333,6 +335,11 @@ def training_runs(
         runs.append(Run(f"ours.{packing}", label + weights, "benchmarks.peers.ours", arguments, scenario))
     runs.append(Run(PROFILED, PROFILED_LABEL, "benchmarks.peers.ours", (*ours, "--profile", "1"), scenario))
     return runs
+
+
+def sorted_tokens(options: Options) -> int:
+    """Padded tokens of a batch of the sorted baseline: unless it is told, it fills the device as ours does."""
+    return options.max_tokens or options.max_tokens_per_batch or default_token_budget(resolve_device(options.device))
 
 
 def gpu_suite(options: Options) -> Suite:

@@ -8,6 +8,7 @@ Used by ``python -m benchmarks.speed gpu``.
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,13 @@ def make_random_model(shape: str, tokenizer_dir: str | Path, folder: str | Path,
     with device:
         classifier = AutoModelForSequenceClassification.from_config(config, dtype=torch.bfloat16)
     folder.mkdir(parents=True, exist_ok=True)
-    return save_reward_model(RewardModel(classifier), tokenizer, folder)
+    save_reward_model(RewardModel(classifier), tokenizer, folder)
+    if device.type == "cuda":
+        # The peers are processes of their own and need the whole card.
+        del classifier
+        gc.collect()
+        torch.cuda.empty_cache()
+    return folder
 
 
 def write_random_groups(

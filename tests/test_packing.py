@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,20 +19,26 @@ from hypothesis import strategies as st
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
+    DeepseekV3Config,
+    DogeConfig,
     FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
+    NemotronConfig,
     OlmoConfig,
     OPTConfig,
     Phi3Config,
     PhiConfig,
+    PhimoeConfig,
     PretrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
 )
 
@@ -311,6 +318,34 @@ def test_soft_capped_attention(backend: str, monkeypatch: pytest.MonkeyPatch) ->
         torch.testing.assert_close(packed(model, sequences), alone, atol=2e-6 * float(alone.std()), rtol=0)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_whose_values_are_narrower_than_its_keys(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(3)
+    config = DeepseekV3Config(
+        **BASE | {"num_key_value_heads": 4},
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        moe_intermediate_size=16,
+        first_k_dense_replace=1,
+    )
+    config._experts_implementation = "eager"
+    model = RewardModel(AutoModelForSequenceClassification.from_config(config, dtype=torch.float64)).eval()
+    sequences = awkward_sequences()
+    with torch.no_grad():
+        alone = one_by_one(model, sequences)
+        assert model.enable_packing() is None
+        use_backend(monkeypatch, backend)
+        # The router computes in float32.
+        torch.testing.assert_close(packed(model, sequences), alone, atol=2e-6 * float(alone.std()), rtol=0)
+
+
 # --- gradients
 
 
@@ -392,6 +427,60 @@ def test_models_that_cannot_be_packed_say_why(capsys: pytest.CaptureFixture[str]
     assert resolve_packing(make_model("llama"), "packed") == "packed"
     with pytest.raises(ContrastRMError, match="unknown --packing"):
         resolve_packing(make_model("llama"), "yes")
+
+
+# Few experts, one at a time; the attention is what matters.
+EXPERTS: dict[str, Any] = {"num_experts_per_tok": 1, "moe_intermediate_size": 16}
+UNPACKABLE: dict[str, tuple[Callable[[], PretrainedConfig], str]] = {
+    # Windows that their masks have and their attention is not told of: only texts longer than the window would show it.
+    "qwen2-moe-window": (
+        lambda: Qwen2MoeConfig(
+            **BASE,
+            **EXPERTS,
+            num_experts=2,
+            shared_expert_intermediate_size=16,
+            sliding_window=4096,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+        "probe pack differs",
+    ),
+    "phimoe-window": (
+        lambda: PhimoeConfig(**BASE, num_experts_per_tok=1, num_local_experts=2, sliding_window=4096),
+        "probe pack differs",
+    ),
+    "doge": (lambda: DogeConfig(**BASE), "makes masks of its own"),
+    "gpt-oss": (
+        lambda: GptOssConfig(**BASE, head_dim=8, num_local_experts=2, num_experts_per_tok=1),
+        "attention sinks",
+    ),
+    "nemotron": (lambda: NemotronConfig(**BASE), "does not hand packs on"),
+    "gemma3-dynamic": (
+        lambda: Gemma3TextConfig(
+            **BASE,
+            head_dim=8,
+            rope_parameters={
+                "full_attention": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        ),
+        "rotary embedding (dynamic)",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNPACKABLE)
+def test_models_that_packs_would_score_wrongly_fall_back_by_themselves(kind: str) -> None:
+    config, reason = UNPACKABLE[kind]
+    torch.manual_seed(0)
+    model = RewardModel(AutoModelForSequenceClassification.from_config(config(), dtype=torch.float32)).eval()
+    sequences = awkward_sequences()
+    window = getattr(model.config, "sliding_window", None)
+    with torch.no_grad():
+        before = one_by_one(model, sequences)
+        assert reason in str(model.enable_packing())
+        assert resolve_packing(model, "auto") == "off"
+        torch.testing.assert_close(one_by_one(model, sequences), before, atol=0, rtol=0)
+    assert getattr(model.config, "sliding_window", None) == window
 
 
 def test_a_model_that_ignores_the_layout_is_found_by_the_probe() -> None:
@@ -480,3 +569,16 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(packing: str, tiny_lla
     tiny = Narrow(copy.deepcopy(model), limit=longest - 1)
     with pytest.raises(ContrastRMError, match=f"a text of {longest} tokens does not fit into the memory"):
         Scorer(tiny, formatter, packing=packing, progress=False).score(texts)
+
+
+def test_out_of_memory_in_step_with_other_processes_stops_instead_of_halving(tiny_llama_dir: Any) -> None:
+    from codes.train.reward_model import load_reward_model
+
+    model, tokenizer = load_reward_model(str(tiny_llama_dir), dtype="float32")
+    formatter = ChatFormatter(tokenizer)
+    narrow = Narrow(model, limit=10)
+    accelerator: Any = SimpleNamespace(num_processes=2)
+    scorer = Scorer(narrow, formatter, packing="off", progress=False, accelerator=accelerator)
+    with pytest.raises(ContrastRMError, match="between the steps: lower --max_tokens_per_batch"):
+        scorer.compute(formatter.encode(conversations(6, 3)))
+    assert len(narrow.seen) == 1

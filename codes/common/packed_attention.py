@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -63,11 +64,37 @@ def why_not_packable(model: PreTrainedModel) -> str | None:
         return "its forward pass takes no further arguments"
     if model.config._attn_implementation not in (*_NAMES, *_NAMES.values()):
         return f"the attention implementation {model.config._attn_implementation} was asked for"
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kind = str(rope.get("rope_type", rope.get("type", "default"))) if isinstance(rope, dict) else "default"
-    if kind in ("dynamic", "longrope"):
-        return f"its rotary embedding ({kind}) depends on the longest text of a batch"
+    for kind in _rope_kinds(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)):
+        if kind in ("dynamic", "longrope"):
+            return f"its rotary embedding ({kind}) depends on the longest text of a batch"
     return None
+
+
+def _rope_kinds(rope: Any) -> Iterator[str]:
+    """The kinds of rotary embedding of a config: one for all layers, or one for every kind of layer."""
+    if isinstance(rope, dict):
+        yield str(rope.get("rope_type", rope.get("type", "default")))
+        for inner in rope.values():
+            yield from _rope_kinds(inner)
+
+
+@contextmanager
+def narrowed_windows(model: PreTrainedModel, window: int) -> Iterator[None]:
+    """Sliding windows of so many tokens, where the model has any.
+
+    A model may mask its windows without a word to its attention: that shows in texts that are longer than the window only.
+    """
+    owners = [model.config.get_text_config(), *model.modules()]
+    kept = [
+        (owner, owner.sliding_window) for owner in owners if isinstance(getattr(owner, "sliding_window", None), int)
+    ]
+    try:
+        for owner, _ in kept:
+            owner.sliding_window = window
+        yield
+    finally:
+        for owner, own in kept:
+            owner.sliding_window = own
 
 
 def install_packed_attention(model: PreTrainedModel) -> None:
@@ -110,6 +137,8 @@ def _packed_or(base: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | No
             return result
         if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
             raise ContrastRMError("attention sinks and position biases cannot be packed; use --packing off")
+        if attention_mask is not None and attention_mask.numel() != 1:
+            raise ContrastRMError("this model makes masks of its own, which packs do not know; use --packing off")
         output = packed_attention(
             query,
             key,
@@ -155,8 +184,11 @@ def packed_attention(
     if backend == "flex":
         return _flex(query, key, value, layout, scale=scale, window=window, softcap=softcap)
     if backend == "segments" and window is None and softcap is None and query.device.type == "cpu":
+        # The kernel takes one width for all three (latent attention has two): what is filled up adds nothing.
+        width, out_width = max(query.shape[-1], value.shape[-1]), value.shape[-1]
+        query, key, value = (functional.pad(t, (0, width - t.shape[-1])) for t in (query, key, value))
         output: torch.Tensor = _Segments.apply(query, key, value, layout, scale, _cpu_dtype(query, value))
-        return output
+        return output[..., :out_width]
     if backend == "segments":
         return _paths(query, key, value, layout, scale=scale, window=window, softcap=softcap)
     if backend == "dense":
@@ -317,6 +349,14 @@ def _compiled_flex() -> Callable[..., torch.Tensor]:
     return torch.compile(flex_attention, dynamic=True)  # type: ignore[no-any-return]
 
 
+@cache
+def _compiled_block_mask() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    # Compiled, the mask of all pairs is never written. Dynamic, so that the second length is not compiled anew.
+    return torch.compile(create_block_mask, dynamic=True)
+
+
 def _flex(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -341,9 +381,8 @@ def _flex(
             return seen if window is None else seen & (positions[q] - positions[k] < window)
 
         n = layout.n_tokens
-        layout.cache[cache_key] = create_block_mask(
-            sees, None, None, n, n, device=query.device, BLOCK_SIZE=FLEX_BLOCK, _compile=on_gpu
-        )
+        make_mask = _compiled_block_mask() if on_gpu else create_block_mask
+        layout.cache[cache_key] = make_mask(sees, None, None, n, n, device=query.device, BLOCK_SIZE=FLEX_BLOCK)
 
     def squeeze(score: torch.Tensor, batch: Any, head: Any, q: Any, k: Any) -> torch.Tensor:
         return torch.tanh(score / softcap) * softcap

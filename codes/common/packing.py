@@ -148,6 +148,12 @@ def as_array(ids: Sequence[int]) -> np.ndarray:
     return np.asarray(ids, dtype=np.int64)
 
 
+def _in_order(arrays: Sequence[np.ndarray]) -> list[int]:
+    """Indices of sequences in the order of their tokens."""
+    # Big-endian words of one width compare as the lists of their numbers do, in a tenth of the memory and faster.
+    return sorted(range(len(arrays)), key=lambda index: (arrays[index].astype(">u4").tobytes(), index))
+
+
 def build_pack(
     sequences: Sequence[Sequence[int]],
     *,
@@ -208,7 +214,7 @@ def _build_tree(arrays: Sequence[np.ndarray], min_shared: int) -> tuple[list[Nod
 
     Sorted, neighbours share the most; a run of neighbours that share more than their parent does becomes a node.
     """
-    order = sorted(range(len(arrays)), key=lambda index: (arrays[index].tolist(), index))
+    order = _in_order(arrays)
     shared = [0]
     for a, b in itertools.pairwise(order):
         common = common_prefix(arrays[a], arrays[b])
@@ -291,7 +297,7 @@ def plan_packs(sequences: Sequence[Sequence[int]], max_tokens: int, *, share: bo
         Packs of indices, the largest first: an out-of-memory error shows at once, not at the end.
     """
     arrays = [as_array(ids) for ids in sequences]
-    order = sorted(range(len(arrays)), key=lambda index: (arrays[index].tolist(), index))
+    order = _in_order(arrays)
     # What each sequence need not compute again after its predecessor. A node's sequences may each repeat up to
     # MIN_SHARED_TOKENS - 1 tokens, so a pack never holds more than its budget.
     shared = [0] + [

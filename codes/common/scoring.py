@@ -354,11 +354,17 @@ class Scorer:
         """Score a batch; where the device's memory does not hold it, in two halves, and so on.
 
         Raises:
-            ContrastRMError: One text alone does not fit.
+            ContrastRMError: One text alone does not fit, or other processes compute in step with this one.
         """
         try:
             return self._score_batch(rows)
         except torch.OutOfMemoryError:
+            if self.accelerator is not None and self.accelerator.num_processes > 1:
+                # Every forward pass is collective there: one more on this rank would leave the others waiting for ever.
+                raise ContrastRMError(
+                    f"out of memory in an evaluation between the steps: lower --max_tokens_per_batch (it is "
+                    f"{self.max_tokens_per_batch}), then continue from the last checkpoint with --resume auto"
+                ) from None
             if len(rows) == 1:
                 raise ContrastRMError(
                     f"a text of {len(rows[0].input_ids)} tokens does not fit into the memory of {self.device}; lower "

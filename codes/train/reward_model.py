@@ -35,7 +35,7 @@ from transformers.utils import logging as transformers_logging
 from codes.common.base_model import resolve_model_path
 from codes.common.chat import last_token_ids
 from codes.common.errors import ContrastRMError
-from codes.common.packed_attention import install_packed_attention, why_not_packable
+from codes.common.packed_attention import FLEX_BLOCK, install_packed_attention, narrowed_windows, why_not_packable
 from codes.common.packing import PackLayout, build_pack
 from codes.common.records import ensure_writable_folder
 from codes.train.lora import (
@@ -59,6 +59,10 @@ NO_TOKENIZER_LIMIT = 10**6
 # A pack whose tokens see what they should not is off by far more than rounding: relative error of the pooled hidden states.
 PROBE_TOLERANCE = 1e-3
 PROBE_TOLERANCE_HALF = 0.05
+# The probe's texts are longer than this, whatever window a model has.
+PROBE_WINDOW = 5
+# What the code of a model that does not expect a pack raises.
+PROBE_FAILURES = (ContrastRMError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 
 
 class Float32Linear(nn.Linear):
@@ -152,13 +156,21 @@ class RewardModel(nn.Module):
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randint(0, vocabulary, (5, 6), generator=generator).tolist()
         sequences = [drawn[0] + drawn[1], drawn[0] + drawn[2], drawn[0] + drawn[3] + drawn[1], drawn[4]]
-        pack = build_pack(sequences, min_shared=1).to(weight.device)
-        with torch.inference_mode():
-            together = self._pooled(pack.input_ids, None, pack.layout, pack.ends)
+        multiple_of = FLEX_BLOCK if weight.device.type == "cuda" else 1
+        pack = build_pack(sequences, min_shared=1, multiple_of=multiple_of).to(weight.device)
+        with torch.inference_mode(), narrowed_windows(self.backbone, PROBE_WINDOW):
             alone = [
                 self._pooled(torch.tensor([ids], device=weight.device), torch.ones((1, len(ids)), device=weight.device))
                 for ids in sequences
             ]
+            try:
+                together = self._pooled(pack.input_ids, None, pack.layout, pack.ends)
+            except torch.OutOfMemoryError:
+                raise
+            except PROBE_FAILURES as failure:
+                return (
+                    f"a probe pack fails in it: {str(failure).strip().partition(chr(10))[0] or type(failure).__name__}"
+                )
         expected = torch.cat(alone).double()
         error = float((together.double() - expected).norm(dim=-1).max() / expected.norm(dim=-1).max().clamp(min=1e-12))
         allowed = PROBE_TOLERANCE if weight.dtype in (torch.float32, torch.float64) else PROBE_TOLERANCE_HALF
