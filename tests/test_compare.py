@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from statsmodels.stats.power import TTestPower
 from codes.common.errors import ContrastRMError
 from codes.evaluate import compare_models, eval_reward_bench, eval_rm
 from codes.evaluate.compare_stats import PairedPart, adjust, compare_parts, minimum_detectable_effect
+from codes.evaluate.format_metrics import LEVELS
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -382,6 +384,158 @@ def test_many_tests_need_many_draws(folders: list[str], tmp_path: Path, capsys: 
     assert "no p by swaps can stay below 0.05" in capsys.readouterr().out
     compared(folders[:2], tmp_path, "--n_resamples", "3000")
     assert "no p by swaps" not in capsys.readouterr().out
+
+
+# --- benchmarks ---
+
+
+def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def benchmark_files(folder: Path) -> list[Path]:
+    """A small file in each format; answers of random lengths, so that the baselines differ from row to row."""
+    draw = np.random.default_rng(0)
+
+    def words(n: int) -> list[str]:
+        return ["w " * int(length) for length in draw.integers(1, 9, n)]
+
+    rm = [
+        {"id": n, "prompt": f"p{n}", "chosen": words(3), "rejected": words(3), "domain": domain}
+        for n, domain in enumerate(["chat", "code", "math", "safety-refuse", "safety-response"] * 4)
+    ]
+    rb2 = [
+        {"id": f"r{n}", "prompt": f"p{n}", "chosen": words(1), "rejected": words(3), "subset": subset}
+        for n, subset in enumerate(["Factuality"] * 4 + ["Math"] * 8)
+    ]
+    for n in range(3):
+        rb2.append({"id": f"ref:{n}", "prompt": f"r{n}", "chosen": words(1), "rejected": words(2), "subset": "Ties"})
+        rb2.append({"id": f"tied:{n}", "prompt": f"t{n}", "chosen": words(2), "rejected": words(2), "subset": "Ties"})
+    judged = [
+        {"pair_id": f"j{n}", "source": source, "question": f"p{n}", "label": "A>B", "response_A": a, "response_B": b}
+        for n, (source, a, b) in enumerate(
+            zip(["mmlu-pro-law", "livecodebench"] * 5, words(10), words(10), strict=True)
+        )
+    ]
+    for name in ("Natural", "Neighbor", "Manual"):
+        pairs = zip(words(5), words(5), strict=True)
+        rows = [{"input": f"{name} {n}", "output_1": a, "output_2": b, "label": 1} for n, (a, b) in enumerate(pairs)]
+        write_lines(folder / "llmbar" / name / "dataset.json", rows)
+    return [
+        write_lines(folder / "rm.jsonl", rm),
+        write_lines(folder / "rb2.jsonl", rb2),
+        write_lines(folder / "judged.jsonl", judged),
+        folder / "llmbar",
+    ]
+
+
+@pytest.fixture(scope="module")
+def benchmark_results(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Results of two baselines on every other benchmark, without any bias evaluation."""
+    results = tmp_path_factory.mktemp("benchmarks")
+    for name in MODELS[:2]:
+        for path in benchmark_files(results / "data"):
+            common = ["--model_path", f"baseline:{name}", "--results_dir", str(results)]
+            assert eval_reward_bench.main([*common, "--data_file", str(path)]) == 0
+    return [str(results / f"baseline-{name}") for name in MODELS[:2]]
+
+
+def found_of(comparison: dict[str, Any], family: str) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(row["what"], row["measure"]): row for row in comparison["differences"][family]}
+
+
+def test_every_benchmark_is_compared_without_any_bias_figures(
+    benchmark_results: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = compared(benchmark_results, tmp_path)
+    printed = capsys.readouterr().out
+    assert found["not_compared"] == [] and found["not_comparable"] == []
+    assert set(found["differences"]) == {
+        *("pooled", "biases"),
+        *(
+            name + suffix
+            for name in ("rm_bench", "reward_bench_2", "llmbar", "judgebench")
+            for suffix in ("", "_subsets")
+        ),
+    }
+    for side, folder in zip("ab", benchmark_results, strict=True):
+        rm = summary_of(folder, "rm_bench_summary.json")
+        by_level = {level: found_of(found, "rm_bench")["mean of the domains", f"{level}_accuracy"] for level in LEVELS}
+        for level, row in by_level.items():
+            rates = [domain[f"{level}_accuracy"] for domain in rm["domains"].values()]
+            assert row[side] == pytest.approx(np.mean(rates))
+            for domain, fields in rm["domains"].items():
+                cell = found_of(found, "rm_bench_subsets")[domain, f"{level}_accuracy"]
+                assert cell[side] == pytest.approx(fields[f"{level}_accuracy"])
+        whole = found_of(found, "rm_bench")["mean of the domains", "accuracy"]
+        assert whole[side] == pytest.approx(np.mean([row[side] for row in by_level.values()]))
+        rb2 = summary_of(folder, "reward_bench_2_summary.json")
+        overall = found_of(found, "reward_bench_2")
+        assert overall["all rows but Ties", "best_of_n_accuracy"][side] == pytest.approx(rb2["best_of_n_accuracy"])
+        halves = [rb2["subsets"][name]["accuracy"] for name in ("Factuality", "Math")]
+        assert overall["mean of the subsets but Ties", "best_of_n_accuracy"][side] == pytest.approx(np.mean(halves))
+        llmbar = summary_of(folder, "llmbar_summary.json")
+        adversarial = [llmbar["subsets"][name]["accuracy"] for name in ("Neighbor", "Manual")]
+        assert found_of(found, "llmbar")["mean of the adversarial subsets", "accuracy"][side] == pytest.approx(
+            np.mean(adversarial)
+        )
+        for name in ("reward_bench_2", "llmbar", "judgebench"):
+            for (subset, _), row in found_of(found, f"{name}_subsets").items():
+                fields = summary_of(folder, f"{name}_summary.json")["subsets"][subset]
+                assert row[side] == pytest.approx(fields["accuracy"])
+    assert "RM-Bench comparisons" in printed and "Paired differences, LLMBar, by subset" in printed
+    first, second = (rows_of(folder, "judgebench.jsonl") for folder in benchmark_results)
+    only_a, only_b = (
+        sum(x["verdict"] == "correct" != y["verdict"] for x, y in zip(*rows, strict=True))
+        for rows in ((first, second), (second, first))
+    )
+    row = found_of(found, "judgebench")["all rows", "accuracy"]
+    assert (row["only_a"], row["only_b"]) == (only_a, only_b) and row["test"] == "McNemar, exact"
+    assert row["p"] == pytest.approx(mcnemar([[0, only_a], [only_b, 0]], exact=True).pvalue)
+
+
+def test_comparisons_of_one_rm_bench_row_are_one_question(benchmark_results: list[str], tmp_path: Path) -> None:
+    found = found_of(compared(benchmark_results, tmp_path), "rm_bench_subsets")
+    row = found["chat", "easy_accuracy"]
+    assert (row["n_rows"], row["n_questions"], row["test"]) == (12, 4, "McNemar, exact by question")
+
+
+def test_what_only_one_model_has_is_named(
+    folders: list[str], benchmark_results: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    joint = tmp_path / "joint"
+    shutil.copytree(folders[0], joint)
+    for file in Path(benchmark_results[0]).glob("*bench*"):
+        shutil.copy(file, joint)
+    found = compared([str(joint), benchmark_results[1]], tmp_path)
+    assert found["not_compared"] == [
+        "The biases are not compared: no bias_summary.json of baseline-longer.",
+        "RewardBench is not compared: no reward_bench_summary.json of baseline-longer.",
+        "LLMBar is not compared: no llmbar_summary.json of joint.",
+    ]
+    assert found["not_compared"][1] in capsys.readouterr().out
+    assert found["differences"]["biases"] == []
+    summary = summary_of(str(joint), "rm_bench_summary.json")
+    (joint / "rm_bench_summary.json").write_text(json.dumps(summary | {"label": "RM-Bench"}))
+    summary = summary_of(str(joint), "judgebench_summary.json")
+    summary["metadata"]["data_files"][0]["sha256"] = "0"
+    (joint / "judgebench_summary.json").write_text(json.dumps(summary))
+    found = compared([str(joint), benchmark_results[1]], tmp_path)
+    assert any(
+        "RM-Bench is not compared: the models have figures of different data" in note for note in found["not_compared"]
+    )
+    assert found["not_comparable"] == ["baseline-longer and joint were not evaluated on the same files: judged.jsonl"]
+    with pytest.raises(ContrastRMError, match="--sort rm_bench: not every model has rows of RM-Bench"):
+        compared([str(joint), benchmark_results[1]], tmp_path, "--sort", "rm_bench")
+
+
+def test_leaderboard_by_a_benchmark(benchmark_results: list[str], tmp_path: Path) -> None:
+    found = compared(benchmark_results, tmp_path, "--sort", "rm_bench")["leaderboard"]
+    rates = [entry["benchmarks"]["rm_bench"]["accuracy"] for entry in found]
+    assert rates == sorted(rates, reverse=True) and rates[0] > rates[1]
+    assert found[0]["benchmarks"]["rm_bench"]["accuracy_total"] == 20 * 9
 
 
 def test_bad_arguments(folders: list[str], tmp_path: Path) -> None:

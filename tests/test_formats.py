@@ -294,6 +294,15 @@ def test_best_of_four_by_hand() -> None:
     assert summary["ties"] is None
 
 
+def test_a_question_in_another_layout_is_the_same_question() -> None:
+    """As in the bias figures: layout, case and punctuation make no independent question."""
+    once = summarise_benchmark("judgebench", [outcome("Math", [k % 2], [0.5], "n", f"Add {k}") for k in range(6)])
+    rows = [outcome("Math", [k % 2], [0.5], "n", text) for k in range(6) for text in (f"Add {k}", f" add  {k}.")]
+    copied = summarise_benchmark("judgebench", rows)
+    assert copied["accuracy_ci"] == pytest.approx(once["accuracy_ci"])
+    assert copied["accuracy_wilson_ci"] is None and once["accuracy_wilson_ci"] is not None
+
+
 def test_ties_score_by_hand() -> None:
     # Spread of the correct answers 2; gap of the tied prompt 3, of its reference 1.
     rows = [outcome("Ties", [5, 7], [2, 0], "tied:0"), outcome("Ties", [3], [2, 1], "ref:0")]

@@ -26,7 +26,10 @@ from codes.common.records import iter_jsonl
 from codes.common.scoring import ScoreResult
 from codes.evaluate import compare_models, eval_rm, judge
 from codes.evaluate.api import PairVerdict
+from codes.evaluate.format_metrics import ItemOutcome, summarise_benchmark
+from codes.evaluate.formats import read_benchmark
 from codes.evaluate.judge import PairJudgement, judge_pairs, read_answer
+from codes.evaluate.metrics import judge_pair
 from tests.chat_server import FAULTS, ChatServer, Reply, answer, choose_fault, error
 from tests.conftest import REPO_ROOT
 
@@ -324,12 +327,63 @@ def test_benchmark_files_are_judged(name: str, run: Callable[..., int], tmp_path
     assert not (folder / "bias_summary.json").exists()
 
 
-def test_what_compares_more_than_two_answers_is_refused(run: Callable[..., int], tmp_path: Path) -> None:
+def test_rm_bench_is_judged_pair_by_pair(run: Callable[..., int], tmp_path: Path) -> None:
+    """The nine comparisons of a row are nine pairs: a judge by length has the figures of a scorer by length."""
+    lengths = [((3, 5, 9), (4, 5, 6)), ((7, 8, 9), (1, 2, 3)), ((1, 2, 3), (4, 5, 6))]
+    data = [
+        {
+            "id": f"r{n}",
+            "prompt": f"p{n}",
+            "chosen": ["c" * k for k in c],
+            "rejected": ["r" * k for k in r],
+            "domain": "chat",
+        }
+        for n, (c, r) in enumerate(lengths)
+    ]
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"prompt": "p", "chosen": ["a"] * 3, "rejected": ["b"] * 3, "domain": "chat"}) + "\n")
+    path.write_text("".join(json.dumps(row) + "\n" for row in data))
+    with ChatServer(scripted(longer)) as server:
+        assert run(server, "--bias_type", "none", "--data_file", path) == 0
+        assert len(server.requests) == 3 * 9 * 2
+    folder = tmp_path / "results" / "judge"
+    found, summary = rows(folder / "rm_bench.jsonl"), summary_of(folder, "rm_bench_summary.json")
+    assert [row["verdict"] for row in found] == ["wrong", "correct", "wrong"]
+    for row, (chosen, rejected) in zip(found, lengths, strict=True):
+        assert row["verdicts"] == [[judge_pair(c, r) for r in rejected] for c in chosen]
+        assert len(row["orders"]) == 9
+    assert summary["judge"]["overall"]["n_pairs"] == 27
+    items, _ = read_benchmark(path, "rm_bench")
+    scored = [ItemOutcome(item, *scores) for item, scores in zip(items, lengths, strict=True)]
+    expected = json.loads(json.dumps(summarise_benchmark("rm_bench", scored)))
+    assert {key: summary[key] for key in expected} == expected
+    assert (folder / "report.md").exists()
+
+
+def test_an_rm_bench_row_with_a_word_that_is_no_verdict_is_left_out(run: Callable[..., int], tmp_path: Path) -> None:
+    row = {"chosen": ["ccc", "cc", "c"], "rejected": ["r"] * 3, "domain": "math"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row | {"id": n, "prompt": f"p{n}"}) + "\n" for n in range(2)))
+
+    def odd(first: str, second: str) -> str:
+        return "who knows" if (first, second) == ("cc", "r") else longer(first, second)
+
+    with ChatServer(scripted(odd)) as server:
+        assert run(server, "--bias_type", "none", "--data_file", path) == 0
+    folder = tmp_path / "results" / "judge"
+    summary = summary_of(folder, "rm_bench_summary.json")
+    assert (summary["n_rows"], summary["n_excluded"]) == (2, 2)
+    assert summary["judge"]["overall"]["n_pairs_without_verdict"] == 6
+    assert [row["verdict"] for row in rows(folder / "rm_bench.jsonl")] == [None, None]
+    assert summary["domains"]["math"]["easy_accuracy"] is None
+
+
+def test_figures_that_need_scores_are_refused(run: Callable[..., int], tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    row = {"id": "r", "prompt": "p", "chosen": ["a"], "rejected": ["b"] * 3, "subset": "Math"}
+    path.write_text(json.dumps(row) + "\n")
     with ChatServer(scripted(longer)) as server:
         with pytest.raises(
-            ContrastRMError, match="of format rm_bench.* a judge takes reward_bench, llmbar, judgebench"
+            ContrastRMError, match="of format reward_bench_2.* a judge takes reward_bench, rm_bench, llmbar, judgebench"
         ):
             run(server, "--bias_type", "none", "--data_file", path)
         with pytest.raises(ContrastRMError, match="nothing to judge"):

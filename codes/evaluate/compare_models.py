@@ -1,8 +1,9 @@
 """Models side by side on the same rows: figures, paired differences with tests, and a leaderboard.
 
-Reads ``bias_summary.json`` and ``bias_<bias>.jsonl`` of two or more results folders, and ``reward_bench_summary.json`` with
-``reward_bench.jsonl`` where every model has them. Prints tables; with ``--output_file comparison.md`` writes them as Markdown
-there and everything, rounded nowhere, as JSON beside it (``comparison.json``).
+Reads ``bias_summary.json`` and ``bias_<bias>.jsonl`` of two or more results folders, and ``<format>_summary.json`` with
+``<format>.jsonl`` of every benchmark that all of them have (``codes.evaluate.compare_benchmarks``); what only some have is
+named. Prints tables; with ``--output_file comparison.md`` writes them as Markdown there and everything, rounded nowhere, as
+JSON beside it (``comparison.json``).
 
     python -m codes.evaluate.compare_models results/pairwise results/contrastive
 
@@ -17,18 +18,16 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from codes.common.biases import PAIRWISE, eval_file_name, get_bias
 from codes.common.cli import natural, run
 from codes.common.errors import ContrastRMError
-from codes.common.records import iter_jsonl, write_json, write_text
+from codes.common.records import write_json, write_text
 from codes.common.reporting import (
     markdown_table,
     p_value,
@@ -38,24 +37,45 @@ from codes.common.reporting import (
     run_metadata,
     text_table,
 )
-from codes.common.stats import question_cluster
-from codes.evaluate.compare_stats import ALPHA, PairedPart, adjust, compare_parts, to_fields
-from codes.evaluate.metrics import Stratum, rate_fields, stratified_rate
-from codes.evaluate.report import BIAS_SUMMARY, REFINEMENT, REWARD_BENCH_SUMMARY, pooled_name, read_summary
-from codes.evaluate.reward_bench_table import SECTIONS, SUBSETS, subsets_of
+from codes.evaluate.compare_benchmarks import (
+    TITLES,
+    UNITS,
+    Benchmark,
+    benchmark_differences,
+    benchmark_rate,
+    benchmark_table,
+    read_benchmarks,
+)
+from codes.evaluate.compare_rows import (
+    Draws,
+    Row,
+    Shared,
+    Test,
+    compared,
+    every,
+    family,
+    joined,
+    part,
+    rate_of,
+    read_rows,
+    share_rows,
+)
+from codes.evaluate.compare_stats import ALPHA, PairedPart
+from codes.evaluate.formats import FORMAT_NAMES, FORMATS, REWARD_BENCH
+from codes.evaluate.metrics import Stratum, stratified_rate
+from codes.evaluate.report import BIAS_SUMMARY, REFINEMENT, pooled_name, read_summary
 
 Summary = Mapping[str, Any]
-Row = Mapping[str, Any]
-Test = Callable[[Row], bool]
 NOTHING = "–"
-REWARD_BENCH_ROWS = "reward_bench.jsonl"
 # Whatever of these differs between two models, the figures are not of the same measurement.
 SETTINGS = (
     "seed", "dtype", "limit_per_bias", "placebo_sentence", "placebo_source", "refinement_request", "overlength"
 )  # fmt: skip
-SORT_KEYS = ("bsr", "accuracy", "rewardbench")
+# Orders of the leaderboard by a benchmark; the others are by BSR and by accuracy.
+SORT_BY_BENCHMARK = {"rewardbench": REWARD_BENCH, **{name: name for name in FORMATS}}
+SORT_KEYS = ("bsr", "accuracy", *SORT_BY_BENCHMARK)
 LEADERBOARD_HEADER = ("model", "original accuracy", "biased accuracy", "pooled BSR", "mean BSR",
-                      "refinement-aware: change", "RewardBench rows")  # fmt: skip
+                      "refinement-aware: change")  # fmt: skip
 DIFFERENCE_HEADER = ("what", "questions", "A", "B", "A - B (points)", "p", "p (Holm)", "p (BH)",
                      "detectable (points)")  # fmt: skip
 
@@ -76,21 +96,50 @@ def build_parser() -> argparse.ArgumentParser:
 # --- what is read -------------------------------------------------------------------------------------------------------
 
 
-def read_results(folders: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Bias summary by model name (the folder's name; the whole path where two folders share it).
+@dataclass(frozen=True)
+class Inputs:
+    """What the folders hold that can be compared.
+
+    Attributes:
+        folders: By model name.
+        biases: Bias summaries by model name; empty unless every model has one.
+        benchmarks: By format.
+        notes: What some model has and is not compared, and why.
+    """
+
+    folders: Mapping[str, str]
+    biases: Mapping[str, Summary]
+    benchmarks: Mapping[str, Benchmark]
+    notes: Sequence[str]
+
+
+def read_inputs(folders: Sequence[str]) -> Inputs:
+    """Read everything that all models have.
 
     Raises:
-        ContrastRMError: A folder holds no bias summary, or is given twice.
+        ContrastRMError: A folder is given twice, a summary is broken, or there is nothing that all models have.
     """
-    results = {}
-    for name, folder in model_names(folders).items():
-        summary = read_summary(Path(folder) / BIAS_SUMMARY)
-        if summary is None:
-            raise ContrastRMError(f"no {BIAS_SUMMARY} in {folder}; run codes.evaluate.eval_rm on that model first")
-        if "biases" not in summary or "overall" not in summary:
-            raise ContrastRMError(f"{folder}/{BIAS_SUMMARY} holds no bias figures; evaluate the model again")
-        results[name] = summary
-    return results
+    names = model_names(folders)
+    found = {name: _read_bias_summary(Path(folder)) for name, folder in names.items()}
+    biases = {name: summary for name, summary in found.items() if summary is not None}
+    benchmarks, notes = read_benchmarks(names)
+    without = [name for name in names if name not in biases]
+    if without and not benchmarks:
+        raise ContrastRMError(
+            " ".join(
+                [f"no {BIAS_SUMMARY} in {names[without[0]]}; run codes.evaluate.eval_rm on that model first", *notes]
+            )
+        )
+    if without and biases:
+        notes.insert(0, f"The biases are not compared: no {BIAS_SUMMARY} of {', '.join(without)}.")
+    return Inputs(names, {} if without else biases, benchmarks, notes)
+
+
+def _read_bias_summary(folder: Path) -> Summary | None:
+    summary = read_summary(folder / BIAS_SUMMARY)
+    if summary is not None and ("biases" not in summary or "overall" not in summary):
+        raise ContrastRMError(f"{folder}/{BIAS_SUMMARY} holds no bias figures; evaluate the model again")
+    return summary
 
 
 def model_names(folders: Sequence[str]) -> dict[str, str]:
@@ -105,64 +154,6 @@ def model_names(folders: Sequence[str]) -> dict[str, str]:
     return {Path(folder).name if counts[Path(folder).name] == 1 else folder: folder for folder in folders}
 
 
-def _read_rows(path: Path, needed: Collection[str]) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise ContrastRMError(f"no {path.name} in {path.parent}; evaluate the model again: its rows are compared")
-    rows = []
-    for line, row in iter_jsonl(path):
-        missing = [key for key in needed if not isinstance(row, dict) or key not in row]
-        if missing:
-            raise ContrastRMError(f"{path}:{line}: no field {missing[0]!r}; evaluate the model again")
-        rows.append(row)
-    return rows
-
-
-@dataclass(frozen=True)
-class Shared:
-    """The rows of one file that every model scored, in one order.
-
-    Attributes:
-        rows: By model, parallel to each other.
-        clusters: The question of each row.
-        n_left_out: By model: its rows that another model lacks or has not scored, or that it has not scored itself.
-        n_flagged: Rows that were left out since the audit flagged them.
-    """
-
-    rows: Mapping[str, Sequence[Row]]
-    clusters: Sequence[str]
-    n_left_out: Mapping[str, int]
-    n_flagged: int = 0
-
-    def __len__(self) -> int:
-        return len(self.clusters)
-
-
-def share_rows(
-    by_model: Mapping[str, Sequence[Row]], key: Callable[[Row], Any], is_scored: Test, *, clean: bool = False
-) -> Shared:
-    """The rows that all models have scored; equal rows of one file are paired in their order."""
-    keyed = {name: dict(zip(_numbered(map(key, rows)), rows, strict=True)) for name, rows in by_model.items()}
-    first, *others = keyed.values()
-    common = [k for k in first if all(k in rows for rows in others) and all(is_scored(r[k]) for r in keyed.values())]
-    flagged = {k for k in common if clean and any(rows[k].get("defects") for rows in keyed.values())}
-    kept = [k for k in common if k not in flagged]
-    return Shared(
-        rows={name: [rows[k] for k in kept] for name, rows in keyed.items()},
-        clusters=[question_cluster(first[k]["question"]) for k in kept],
-        n_left_out={name: len(rows) - len(common) for name, rows in keyed.items()},
-        n_flagged=len(flagged),
-    )
-
-
-def _numbered(keys: Iterable[Any]) -> list[tuple[Any, int]]:
-    seen: Counter[Any] = Counter()
-    numbered = []
-    for key in keys:
-        numbered.append((key, seen[key]))
-        seen[key] += 1
-    return numbered
-
-
 def read_bias_rows(
     folders: Mapping[str, str], results: Mapping[str, Summary], *, clean: bool = False
 ) -> dict[str, Shared]:
@@ -171,13 +162,12 @@ def read_bias_rows(
     Raises:
         ContrastRMError: Row files are missing, or cannot be matched: results of different files without row names.
     """
-    names = [name for name in (*PAIRWISE, REFINEMENT) if all(name in summary["biases"] for summary in results.values())]
-    shared = {}
-    for bias in names:
+    shared: dict[str, Shared] = {}
+    for bias in _biases_of(results, all):
         refinement = get_bias(bias).kind == "refinement"
         verdicts = ("verdict_alone", "verdict_after_history") if refinement else ("original_verdict", "biased_verdict")
         by_model = {
-            name: _read_rows(Path(folder) / f"bias_{bias}.jsonl", ("line", "question", *verdicts))
+            name: read_rows(Path(folder) / f"bias_{bias}.jsonl", ("line", "question", *verdicts))
             for name, folder in folders.items()
         }
         named = all(row.get("row_id") for rows in by_model.values() for row in rows)
@@ -196,20 +186,14 @@ def read_bias_rows(
     return shared
 
 
+def _biases_of(results: Mapping[str, Summary], quantifier: Callable[[Iterable[bool]], bool]) -> list[str]:
+    """The biases that all models have, or any, in the project's order."""
+    some = results.values()
+    return [name for name in (*PAIRWISE, REFINEMENT) if some and quantifier(name in s["biases"] for s in some)]
+
+
 def _has_all(fields: Sequence[str]) -> Test:
     return lambda row: all(row[field] is not None for field in fields)
-
-
-def read_reward_bench_rows(folders: Mapping[str, str]) -> Shared | None:
-    """The shared RewardBench rows; None unless every model has a summary of them under one label."""
-    summaries = [read_summary(Path(folder) / REWARD_BENCH_SUMMARY) for folder in folders.values()]
-    if any(summary is None for summary in summaries) or len({(s or {}).get("label") for s in summaries}) != 1:
-        return None
-    needed = ("id", "subset", "question", "verdict")
-    by_model = {name: _read_rows(Path(folder) / REWARD_BENCH_ROWS, needed) for name, folder in folders.items()}
-    return share_rows(
-        by_model, lambda row: (row["subset"], row["id"], row["question"]), lambda row: row["verdict"] is not None
-    )
 
 
 # --- verdicts as numbers ------------------------------------------------------------------------------------------------
@@ -231,10 +215,6 @@ def _turned(row: Row) -> bool:
     return {row["verdict_alone"], row["verdict_after_history"]} == {"refined", "original"}
 
 
-def _every(_: Row) -> bool:
-    return True
-
-
 def _has_placebo(row: Row) -> bool:
     return row.get("score_placebo_better") is not None and row.get("score_placebo_other") is not None
 
@@ -245,53 +225,12 @@ def _flipped_by_placebo(row: Row) -> bool:
 
 MEASURES: dict[str, tuple[Test, Test]] = {
     "bias_sensitivity_rate": (_flipped, _right_before),
-    "original_pair_accuracy": (_right_before, _every),
-    "biased_pair_accuracy": (_right_after, _every),
+    "original_pair_accuracy": (_right_before, every),
+    "biased_pair_accuracy": (_right_after, every),
 }
 
 
-def _part(shared: Shared, pair: tuple[str, str], hit: Test, counted: Test, weight: float = 1.0) -> PairedPart:
-    rows = [shared.rows[name] for name in pair]
-    return PairedPart(
-        hits=np.array([[hit(row) for row in some] for some in rows], dtype=bool).reshape(2, -1),
-        counted=np.array([[counted(row) for row in some] for some in rows], dtype=bool).reshape(2, -1),
-        clusters=shared.clusters,
-        weight=weight,
-    )
-
-
-def _joined(some: Iterable[Shared]) -> Shared:
-    """Several files as one."""
-    files = list(some)
-    return Shared(
-        rows={name: [row for shared in files for row in shared.rows[name]] for name in files[0].rows},
-        clusters=[cluster for shared in files for cluster in shared.clusters],
-        n_left_out={name: sum(shared.n_left_out[name] for shared in files) for name in files[0].n_left_out},
-        n_flagged=sum(shared.n_flagged for shared in files),
-    )
-
-
 # --- differences --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Draws:
-    """How the bootstrap and the swaps draw."""
-
-    n_resamples: int
-    seed: int
-
-
-def _compared(
-    pair: tuple[str, str], what: str, measure: str, parts: Sequence[PairedPart], draws: Draws
-) -> dict[str, Any]:
-    difference = compare_parts(parts, n_resamples=draws.n_resamples, seed=draws.seed)
-    return {"model_a": pair[0], "model_b": pair[1], "what": what, "measure": measure, **to_fields(difference)}
-
-
-def _family(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    corrected = adjust([row["p"] for row in rows])
-    return [row | more for row, more in zip(rows, corrected, strict=True)]
 
 
 def pooled_differences(
@@ -302,15 +241,15 @@ def pooled_differences(
     rows = []
     for pair in pairs:
         if pairwise:
-            everything = _joined(pairwise.values())
+            everything = joined(pairwise.values())
             for measure, (hit, counted) in MEASURES.items():
-                rows.append(_compared(pair, "pooled", measure, [_part(everything, pair, hit, counted)], draws))
-            parts = [_part(some, pair, _flipped, _right_before, 1 / len(pairwise)) for some in pairwise.values()]
-            rows.append(_compared(pair, "mean of the biases", "bias_sensitivity_rate", parts, draws))
+                rows.append(compared(pair, "pooled", measure, [part(everything, pair, hit, counted)], draws))
+            parts = [part(some, pair, _flipped, _right_before, 1 / len(pairwise)) for some in pairwise.values()]
+            rows.append(compared(pair, "mean of the biases", "bias_sensitivity_rate", parts, draws))
         if len(shared.get(REFINEMENT, ())):
-            parts = [_part(shared[REFINEMENT], pair, _turned, _every)]
-            rows.append(_compared(pair, REFINEMENT, "verdict_change_rate", parts, draws))
-    return _family(rows)
+            parts = [part(shared[REFINEMENT], pair, _turned, every)]
+            rows.append(compared(pair, REFINEMENT, "verdict_change_rate", parts, draws))
+    return family(rows)
 
 
 def bias_differences(
@@ -323,9 +262,9 @@ def bias_differences(
             if bias not in PAIRWISE or not len(some):
                 continue
             for measure, (hit, counted) in MEASURES.items():
-                rows.append(_compared(pair, bias, measure, [_part(some, pair, hit, counted)], draws))
+                rows.append(compared(pair, bias, measure, [part(some, pair, hit, counted)], draws))
             rows += _placebo_differences(bias, some, pair, draws)
-    return _family(rows)
+    return family(rows)
 
 
 def _placebo_differences(bias: str, shared: Shared, pair: tuple[str, str], draws: Draws) -> list[dict[str, Any]]:
@@ -333,12 +272,12 @@ def _placebo_differences(bias: str, shared: Shared, pair: tuple[str, str], draws
     with_placebo = share_rows({name: shared.rows[name] for name in pair}, _position(shared, pair), _has_placebo)
     if not len(with_placebo):
         return []
-    null = _part(with_placebo, pair, _flipped_by_placebo, _right_before)
-    identity = _part(with_placebo, pair, _flipped, _right_before)
+    null = part(with_placebo, pair, _flipped_by_placebo, _right_before)
+    identity = part(with_placebo, pair, _flipped, _right_before)
     minus_null = PairedPart(null.hits, null.counted, null.clusters, -1.0)
     return [
-        _compared(pair, bias, "placebo_bias_sensitivity_rate", [null], draws),
-        _compared(pair, bias, "identity_minus_placebo", [identity, minus_null], draws),
+        compared(pair, bias, "placebo_bias_sensitivity_rate", [null], draws),
+        compared(pair, bias, "identity_minus_placebo", [identity, minus_null], draws),
     ]
 
 
@@ -348,45 +287,16 @@ def _position(shared: Shared, pair: tuple[str, str]) -> Callable[[Row], int]:
     return lambda row: places[id(row)]
 
 
-def reward_bench_differences(
-    shared: Shared, pairs: Sequence[tuple[str, str]], draws: Draws
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Two families: the whole and its sections (weighted as in the official table), and the subsets."""
-    places = {s.name: [i for i, row in enumerate(_first(shared)) if row["subset"] == s.name] for s in SUBSETS}
-    by_subset = {name: _chosen(shared, some) for name, some in places.items() if some}
-    overall, subsets = [], []
-    for pair in pairs:
-        whole = [_part(shared, pair, _is_correct, _every)]
-        overall.append(_compared(pair, "all rows", "weighted_average_accuracy", whole, draws))
-        for section in SECTIONS:
-            present = [subset for subset in subsets_of(section) if subset.name in by_subset]
-            total = sum(subset.weight for subset in present)
-            parts = [_part(by_subset[s.name], pair, _is_correct, _every, s.weight / total) for s in present]
-            if parts:
-                overall.append(_compared(pair, section, "section_accuracy", parts, draws))
-        for name, some in by_subset.items():
-            subsets.append(_compared(pair, name, "accuracy", [_part(some, pair, _is_correct, _every)], draws))
-    return _family(overall), _family(subsets)
-
-
-def _is_correct(row: Row) -> bool:
-    return bool(row["verdict"] == "correct")
-
-
-def _first(shared: Shared) -> Sequence[Row]:
-    return next(iter(shared.rows.values()))
-
-
-def _chosen(shared: Shared, places: Sequence[int]) -> Shared:
-    rows = {name: [rows[i] for i in places] for name, rows in shared.rows.items()}
-    return Shared(rows, [shared.clusters[i] for i in places], shared.n_left_out)
-
-
 # --- leaderboard --------------------------------------------------------------------------------------------------------
 
 
 def leaderboard(
-    results: Mapping[str, Summary], shared: Mapping[str, Shared], reward_bench: Shared | None, *, sort: str
+    models: Sequence[str],
+    results: Mapping[str, Summary],
+    shared: Mapping[str, Shared],
+    benchmarks: Mapping[str, Benchmark],
+    *,
+    sort: str,
 ) -> list[dict[str, Any]]:
     """Each model's figures on the shared rows, best first; then the baselines of the first model's summary, unsorted.
 
@@ -394,30 +304,23 @@ def leaderboard(
     """
     pairwise = {name: some for name, some in shared.items() if name in PAIRWISE and len(some)}
     entries = []
-    for model in results:
+    for model in models:
         entry: dict[str, Any] = {"model": model, "is_baseline": False, "overall": None, "refinement": None}
         if pairwise:
             entry["overall"] = _overall_of(model, pairwise)
         if len(shared.get(REFINEMENT, ())):
-            entry["refinement"] = _rate("verdict_change_rate", shared[REFINEMENT], model, _turned, _every)
-        entry["reward_bench"] = (
-            _rate("accuracy", reward_bench, model, _is_correct, _every) if reward_bench is not None else None
-        )
+            entry["refinement"] = rate_of("verdict_change_rate", shared[REFINEMENT], model, _turned, every)
+        entry["benchmarks"] = {name: benchmark_rate(some, model) for name, some in benchmarks.items()}
         entries.append(entry)
     entries.sort(key=lambda entry: _rank(entry, sort))
-    return entries + _baseline_entries(next(iter(results.values())))
-
-
-def _rate(name: str, shared: Shared, model: str, hit: Test, counted: Test) -> dict[str, Any]:
-    rows = shared.rows[model]
-    return rate_fields(name, [hit(row) and counted(row) for row in rows], list(map(counted, rows)), shared.clusters)
+    return entries + [entry for summary in list(results.values())[:1] for entry in _baseline_entries(summary)]
 
 
 def _overall_of(model: str, pairwise: Mapping[str, Shared]) -> dict[str, Any]:
-    everything = _joined(pairwise.values())
+    everything = joined(pairwise.values())
     fields: dict[str, Any] = {"biases": list(pairwise), "n_pairs": len(everything)}
     for measure, (hit, counted) in MEASURES.items():
-        fields |= _rate(measure, everything, model, hit, counted)
+        fields |= rate_of(measure, everything, model, hit, counted)
     strata = [
         Stratum(1.0, list(map(_flipped, rows)), list(map(_right_before, rows)), some.clusters)
         for some in pairwise.values()
@@ -428,12 +331,11 @@ def _overall_of(model: str, pairwise: Mapping[str, Shared]) -> dict[str, Any]:
 
 
 def _rank(entry: Mapping[str, Any], sort: str) -> tuple[bool, float]:
-    overall, reward_bench = entry["overall"] or {}, entry["reward_bench"] or {}
-    value = {
-        "bsr": overall.get("bias_sensitivity_rate"),
-        "accuracy": overall.get("original_pair_accuracy"),
-        "rewardbench": reward_bench.get("accuracy"),
-    }[sort]
+    overall = entry["overall"] or {}
+    if sort in SORT_BY_BENCHMARK:
+        value = entry["benchmarks"].get(SORT_BY_BENCHMARK[sort], {}).get("accuracy")
+    else:
+        value = overall.get("bias_sensitivity_rate" if sort == "bsr" else "original_pair_accuracy")
     if value is None:
         return True, 0.0
     return False, value if sort == "bsr" else -value
@@ -446,17 +348,26 @@ def _baseline_entries(summary: Summary) -> list[dict[str, Any]]:
             "is_baseline": True,
             "overall": fields["overall"],
             "refinement": fields["biases"].get(REFINEMENT),
-            "reward_bench": None,
+            "benchmarks": {},
         }
         for name, fields in summary.get("baselines", {}).items()
     ]
 
 
+def leaderboard_header(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """With a column for each benchmark that is compared."""
+    return [*LEADERBOARD_HEADER, *[f"{TITLES[name]} {UNITS[name]}" for name in _benchmarks_of(entries)]]
+
+
+def _benchmarks_of(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [name for name in FORMAT_NAMES if any(name in entry["benchmarks"] for entry in entries)]
+
+
 def leaderboard_rows(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Rows for ``LEADERBOARD_HEADER``: the BSR never without the accuracy that it stands on."""
+    """Rows for ``leaderboard_header``: the BSR never without the accuracy that it stands on."""
     rows = []
     for entry in entries:
-        overall, refinement, reward_bench = entry["overall"], entry["refinement"], entry["reward_bench"]
+        overall, refinement = entry["overall"], entry["refinement"]
         cells = [NOTHING] * 4
         if overall:
             bounds = percent_interval(overall["macro_bias_sensitivity_rate_ci"])
@@ -467,7 +378,9 @@ def leaderboard_rows(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
                 f"{percent(overall['macro_bias_sensitivity_rate'])} {bounds}",
             ]
         change = rate_cell(refinement, "verdict_change_rate") if refinement else NOTHING
-        rows.append([entry["model"], *cells, change, rate_cell(reward_bench, "accuracy") if reward_bench else NOTHING])
+        rates = [entry["benchmarks"].get(name) for name in _benchmarks_of(entries)]
+        shares = [rate_cell(rate, "accuracy") if rate else NOTHING for rate in rates]
+        rows.append([entry["model"], *cells, change, *shares])
     return rows
 
 
@@ -533,36 +446,11 @@ def _counts(counts: Sequence[int]) -> str:
     return " / ".join(map(str, dict.fromkeys(counts)))
 
 
-def reward_bench_table(folders: Sequence[str], names: Sequence[str]) -> tuple[str, list[str], list[list[str]]] | None:
-    """Label, header and rows of the RewardBench figures; None unless all models have them under one label."""
-    summaries = [read_summary(Path(folder) / REWARD_BENCH_SUMMARY) for folder in folders]
-    found = [summary for summary in summaries if summary is not None]
-    labels = {summary["label"] for summary in found}
-    if len(found) < len(folders) or len(labels) != 1:
-        return None
-    rows = [
-        [_section_name(section, found), *[_section_cell(summary["sections"][section]) for summary in found]]
-        for section in SECTIONS
-    ]
-    rows.append(["rewardbench_score"] + [percent(summary["rewardbench_score"]) for summary in found])
-    rows.append(["weighted_average_accuracy"] + [rate_cell(summary, "weighted_average_accuracy") for summary in found])
-    return labels.pop(), ["section", *names], rows
-
-
-def _section_name(section: str, found: Sequence[Summary]) -> str:
-    partial = any(summary["sections"][section]["partial"] for summary in found)
-    return f"{section} (partial)" if partial else section
-
-
-def _section_cell(fields: Summary) -> str:
-    return f"{percent(fields['accuracy'])} {percent_interval(fields['accuracy_ci'])}"
-
-
 def differences(results: Mapping[str, Summary]) -> list[str]:
     """What makes the figures of the models not comparable: other data, other settings."""
-    first_name, first = next(iter(results.items()))
-    found = []
+    found: list[str] = []
     for name, summary in results.items():
+        first_name, first = next(iter(results.items()))
         hashes, others = _data_hashes(summary), _data_hashes(first)
         other_files = [file for file in sorted(hashes.keys() | others.keys()) if hashes.get(file) != others.get(file)]
         if other_files:
@@ -575,7 +463,10 @@ def differences(results: Mapping[str, Summary]) -> list[str]:
 
 
 def _data_hashes(summary: Summary) -> dict[str, str]:
-    return {Path(file["path"]).name: file["sha256"] for file in summary["metadata"]["data_files"]}
+    """By the file's name; LLMBar's files all have the same one, and are told apart by their folders."""
+    files = [(Path(file["path"]), file["sha256"]) for file in summary["metadata"].get("data_files", ())]
+    counts = Counter(path.name for path, _ in files)
+    return {path.name if counts[path.name] == 1 else f"{path.parent.name}/{path.name}": sha for path, sha in files}
 
 
 # --- the whole ----------------------------------------------------------------------------------------------------------
@@ -597,39 +488,49 @@ def model_pairs(folders: Mapping[str, str], reference: str | None) -> list[tuple
 
 
 def compare(
-    folders: Sequence[str], *, reference: str | None, rows: str, sort: str, n_resamples: int, seed: int
+    inputs: Inputs, *, reference: str | None, rows: str, sort: str, n_resamples: int, seed: int
 ) -> dict[str, Any]:
     """Everything that is said of the models, as it stands in the JSON file.
 
     Raises:
-        ContrastRMError: Results are missing, unreadable, or have no row in common.
+        ContrastRMError: Rows are missing, unreadable, or none is common to the models.
     """
-    results = read_results(folders)
-    names = model_names(folders)
+    names, results, benchmarks = inputs.folders, inputs.biases, inputs.benchmarks
+    if sort in SORT_BY_BENCHMARK and SORT_BY_BENCHMARK[sort] not in benchmarks:
+        raise ContrastRMError(f"--sort {sort}: not every model has rows of {TITLES[SORT_BY_BENCHMARK[sort]]} in common")
     pairs = model_pairs(names, reference)
     shared = read_bias_rows(names, results, clean=rows == "clean")
+    not_compared = [*inputs.notes, *_biases_of_some(results)]
     if not any(map(len, shared.values())):
-        raise ContrastRMError("the models have no scored row in common; evaluate them on the same files")
-    reward_bench = read_reward_bench_rows(names)
+        if not benchmarks:
+            raise ContrastRMError("the models have no scored row in common; evaluate them on the same files")
+        not_compared += ["The biases are not compared: the models have no scored row in common."] if results else []
     draws = Draws(n_resamples, seed)
-    overall, subsets = reward_bench_differences(reward_bench, pairs, draws) if reward_bench else ([], [])
+    compared_rows = {**shared, **{name: some.shared for name, some in benchmarks.items()}}
+    differing = differences(results)
+    found = {"pooled": pooled_differences(shared, pairs, draws), "biases": bias_differences(shared, pairs, draws)}
+    for name, benchmark in benchmarks.items():
+        differing += differences(benchmark.summaries)
+        found[name], found[f"{name}_subsets"] = benchmark_differences(benchmark, pairs, draws)
     return {
         "models": {name: {"folder": folder} for name, folder in names.items()},
         "rows": rows,
         "metadata": {"n_resamples": n_resamples, "seed": seed, **run_metadata()},
-        "not_comparable": differences(results),
+        "not_comparable": list(dict.fromkeys(differing)),
+        "not_compared": not_compared,
         "shared_rows": {
             name: {"n_rows": len(some), "n_left_out": dict(some.n_left_out), "n_flagged": some.n_flagged}
-            for name, some in {**shared, **({"reward_bench": reward_bench} if reward_bench else {})}.items()
+            for name, some in compared_rows.items()
         },
-        "leaderboard": leaderboard(results, shared, reward_bench, sort=sort),
-        "differences": {
-            "pooled": pooled_differences(shared, pairs, draws),
-            "biases": bias_differences(shared, pairs, draws),
-            "reward_bench": overall,
-            "reward_bench_subsets": subsets,
-        },
+        "leaderboard": leaderboard(list(names), results, shared, benchmarks, sort=sort),
+        "differences": found,
     }
+
+
+def _biases_of_some(results: Mapping[str, Summary]) -> list[str]:
+    of_all = _biases_of(results, all)
+    some = [name for name in _biases_of(results, any) if name not in of_all]
+    return [f"Not every model was evaluated on {', '.join(some)}: not compared."] if some else []
 
 
 def difference_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -661,17 +562,20 @@ def _points(row: Mapping[str, Any]) -> str:
     return f"{100 * row['difference']:+.1f} {bounds}"
 
 
-TITLES = {
-    "pooled": "Paired differences, all biases",
-    "biases": "Paired differences by bias",
-    "reward_bench": "Paired differences, RewardBench rows",
-    "reward_bench_subsets": "Paired differences by subset",
-}
+def _title(key: str) -> str:
+    """Of a table of differences, by its key in the JSON file."""
+    if key in BIAS_TITLES:
+        return BIAS_TITLES[key]
+    name = key.removesuffix("_subsets")
+    return f"Paired differences, {TITLES[name]}" + ("" if name == key else ", by subset")
+
+
+BIAS_TITLES = {"pooled": "Paired differences, all biases", "biases": "Paired differences by bias"}
 
 
 def row_notes(comparison: Mapping[str, Any]) -> list[str]:
     """What was not compared, and why."""
-    notes = []
+    notes = [*comparison["not_compared"]]
     for name, counts in comparison["shared_rows"].items():
         left_out = {model: n for model, n in counts["n_left_out"].items() if n}
         if left_out:
@@ -694,14 +598,17 @@ def row_notes(comparison: Mapping[str, Any]) -> list[str]:
 def comparison_tables(comparison: Mapping[str, Any]) -> list[tuple[str, Sequence[str], list[list[str]]]]:
     """Title, header and rows of the leaderboard and of each family of differences that has any."""
     tables: list[tuple[str, Sequence[str], list[list[str]]]] = [
-        ("Leaderboard, on the shared rows", LEADERBOARD_HEADER, leaderboard_rows(comparison["leaderboard"]))
+        (
+            "Leaderboard, on the shared rows",
+            leaderboard_header(comparison["leaderboard"]),
+            leaderboard_rows(comparison["leaderboard"]),
+        )
     ]
-    for key, title in TITLES.items():
-        rows = comparison["differences"][key]
+    for key, rows in comparison["differences"].items():
         n_tests = sum(row["p"] is not None for row in rows)
         for pair in dict.fromkeys((row["model_a"], row["model_b"]) for row in rows):
             of_pair = [row for row in rows if (row["model_a"], row["model_b"]) == pair]
-            named = f"{title}: A = {pair[0]}, B = {pair[1]} (p corrected for {n_tests} tests)"
+            named = f"{_title(key)}: A = {pair[0]}, B = {pair[1]} (p corrected for {n_tests} tests)"
             tables.append((named, DIFFERENCE_HEADER, difference_rows(of_pair)))
     return tables
 
@@ -715,25 +622,30 @@ def main(argv: list[str] | None = None) -> int:
         )
     if args.n_resamples < 100:
         raise ContrastRMError(f"--n_resamples {args.n_resamples} draws give no interval; use 1000 or more")
-    results = read_results(args.results_dirs)
+    inputs = read_inputs(args.results_dirs)
     comparison = compare(
-        args.results_dirs,
+        inputs,
         reference=args.reference,
         rows=args.rows,
         sort=args.sort,
         n_resamples=args.n_resamples,
         seed=args.seed,
     )
-    header, rows = bias_table(results)
-    notes = ["BSR: bias sensitivity rate (flipped / right before the rewrite) [95 % interval by question]."]
-    notes += [f"Not comparable: {difference}." for difference in comparison["not_comparable"]]
+    text: list[str] = []
+    markdown: list[str] = []
+    if inputs.biases:
+        header, rows = bias_table(inputs.biases)
+        note = "BSR: bias sensitivity rate (flipped / right before the rewrite) [95 % interval by question]."
+        text += [text_table(header, rows), note]
+        markdown += [markdown_table(header, rows), note]
+    notes = [f"Not comparable: {difference}." for difference in comparison["not_comparable"]]
     notes += row_notes(comparison)
-    text, markdown = [text_table(header, rows), *notes], [markdown_table(header, rows), *notes]
-    reward_bench = reward_bench_table(args.results_dirs, list(results))
-    if reward_bench is not None:
-        label, header, rows = reward_bench
-        text += ["", label, text_table(header, rows)]
-        markdown += [f"{label}:", markdown_table(header, rows)]
+    text += notes
+    markdown += notes
+    for benchmark in inputs.benchmarks.values():
+        header, rows = benchmark_table(benchmark)
+        text += ["", benchmark.label, text_table(header, rows)]
+        markdown += [f"{benchmark.label}:", markdown_table(header, rows)]
     for title, columns, cells in comparison_tables(comparison):
         text += ["", title, text_table(columns, cells)]
         markdown += [f"## {title}", markdown_table(columns, cells)]

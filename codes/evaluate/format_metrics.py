@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import DegenerateDataWarning, bootstrap
 
-from codes.common.stats import CONFIDENCE
+from codes.common.stats import CONFIDENCE, question_cluster
 from codes.evaluate.formats import (
     FORMATS,
     LLMBAR_ADVERSARIAL,
@@ -74,21 +74,40 @@ RM_BENCH_DOMAINS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class ItemOutcome:
-    """One item with a score for every answer; nan where the text was dropped."""
+    """One item with a score for every answer; nan where the text was dropped.
+
+    Attributes:
+        judged: What a judge of pairs says instead of scores, better answers by other ones; None where it is no verdict.
+    """
 
     item: BenchmarkItem
-    chosen_scores: tuple[float, ...]
-    rejected_scores: tuple[float, ...]
+    chosen_scores: tuple[float, ...] = ()
+    rejected_scores: tuple[float, ...] = ()
+    judged: tuple[tuple[Verdict | None, ...], ...] = ()
+
+    @property
+    def cluster(self) -> str:
+        """The unit of chance: the question, whatever its layout."""
+        return question_cluster(self.item.question)
 
     @property
     def is_scored(self) -> bool:
-        """Whether every answer has a score."""
+        """Whether every answer has a score, or every comparison a verdict."""
+        if self.judged:
+            return None not in self.verdicts
         return all(map(math.isfinite, (*self.chosen_scores, *self.rejected_scores)))
 
     @property
     def verdict(self) -> Verdict:
-        """Whether every better answer beats every other one; a tie where the lowest meets the highest of the others."""
+        """Whether every better answer beats every other one; a tie where none loses to one, and some meet."""
+        if self.judged:
+            return "wrong" if "wrong" in self.verdicts else "tie" if "tie" in self.verdicts else "correct"
         return judge_pair(min(self.chosen_scores), max(self.rejected_scores))
+
+    @property
+    def verdicts(self) -> list[Verdict | None]:
+        """Of every comparison by a judge, row by row of the matrix."""
+        return [verdict for row in self.judged for verdict in row]
 
     @property
     def shared_credit(self) -> float:
@@ -101,8 +120,10 @@ class ItemOutcome:
             return 0.0
         return 1 / (1 + sum(score == best for score in self.rejected_scores))
 
-    def cell(self, chosen_style: int, rejected_style: int) -> Verdict:
-        """One comparison of RM-Bench."""
+    def cell(self, chosen_style: int, rejected_style: int) -> Verdict | None:
+        """One comparison of RM-Bench; None only where the item is not scored."""
+        if self.judged:
+            return self.judged[chosen_style][rejected_style]
         return judge_pair(self.chosen_scores[chosen_style], self.rejected_scores[rejected_style])
 
 
@@ -159,7 +180,7 @@ def _state(n_rows: int, n_scored: int, n_official: int | None) -> str:
 def accuracy_fields(name: str, scored: Sequence[ItemOutcome]) -> dict[str, Any]:
     """The rate of items where every better answer beats every other one."""
     correct = [row.verdict == "correct" for row in scored]
-    return rate_fields(name, correct, [True] * len(scored), [row.item.question for row in scored])
+    return rate_fields(name, correct, [True] * len(scored), [row.cluster for row in scored])
 
 
 # --- RewardBench 2 ---
@@ -251,7 +272,7 @@ def _credit(rows: Sequence[ItemOutcome]) -> WeightedMeans:
     """The mean credit of best-of-n rows, the questions being the clusters."""
     clusters: dict[str, list[float]] = {}
     for row in rows:
-        clusters.setdefault(row.item.question, []).append(row.shared_credit)
+        clusters.setdefault(row.cluster, []).append(row.shared_credit)
     sums = np.array([[sum(values)] for values in clusters.values()])
     return WeightedMeans(sums, np.array([[float(len(values))] for values in clusters.values()]), np.ones(1))
 
@@ -354,7 +375,7 @@ def _rm_bench(scored: Sequence[ItemOutcome], subsets: dict[str, dict[str, Any]])
 def _level_stratum(rows: Sequence[ItemOutcome], level: str) -> Stratum:
     """The comparisons of one level: several of a row, which the row's question holds together."""
     verdicts = [row.cell(i, j) for row in rows for i, j in LEVELS[level]]
-    questions = [row.item.question for row in rows for _ in LEVELS[level]]
+    questions = [row.cluster for row in rows for _ in LEVELS[level]]
     return Stratum(1.0, [verdict == "correct" for verdict in verdicts], [True] * len(verdicts), questions)
 
 
@@ -374,7 +395,7 @@ def _domain(rows: Sequence[ItemOutcome], parts: Sequence[str], subsets: Mapping[
 
 def _cell_fields(scored: Sequence[ItemOutcome], chosen_style: int, rejected_style: int) -> dict[str, Any]:
     verdicts = [row.cell(chosen_style, rejected_style) for row in scored]
-    questions = [row.item.question for row in scored]
+    questions = [row.cluster for row in scored]
     fields = rate_fields("accuracy", [v == "correct" for v in verdicts], [True] * len(verdicts), questions)
     return {"n_ties": verdicts.count("tie"), **fields}
 
@@ -388,7 +409,7 @@ def _llmbar(scored: Sequence[ItemOutcome], subsets: dict[str, dict[str, Any]]) -
     Source: arXiv 2310.07641, table 3.
     """
     strata = [
-        Stratum(1.0, [row.verdict == "correct" for row in rows], [True] * len(rows), [r.item.question for r in rows])
+        Stratum(1.0, [row.verdict == "correct" for row in rows], [True] * len(rows), [r.cluster for r in rows])
         for name in LLMBAR_ADVERSARIAL
         for rows in ([row for row in scored if row.item.subset == name],)
     ]

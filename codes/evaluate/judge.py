@@ -12,7 +12,8 @@ what the evaluation of a reward model writes (``bias_summary.json``, ``bias_<bia
 The verdict on a pair: *correct* where the better answer wins in both orders, *wrong* where the other one does, else
 a *tie* (the orders disagree, or the judge calls it a tie). BSR is what it is for scores: of the pairs judged correct
 before the rewrite, those judged wrong after it; a tie is no flip. An answer that cannot be read as a verdict is none:
-its pair is left out and counted, and so is a pair whose request failed. What needs scores (shifts of the gap,
+its pair is left out and counted, and so is a pair whose request failed. RM-Bench has nine pairs a row; a row is left
+out where one of them is. What needs scores (shifts of the gap,
 attribution, the length regression) is null.
 """
 
@@ -45,14 +46,14 @@ from codes.common.records import (
     write_json,
     write_jsonl,
 )
-from codes.common.reporting import percent, percent_interval, rate_cell, run_metadata, text_table
+from codes.common.reporting import rate_cell, run_metadata, text_table
+from codes.common.stats import question_cluster
 from codes.evaluate.api import PairVerdict
 from codes.evaluate.eval_reward_bench import (
-    BENCHMARK_SUBSET_HEADER,
     benchmark_source,
-    benchmark_subset_rows,
     describe_source,
     label_of,
+    print_benchmark,
     print_tables,
     read_items,
     read_reward_bench,
@@ -93,8 +94,8 @@ from codes.evaluate.scorer_setup import model_results_folder
 
 PROMPT_VERSION = "1"
 TIE = "tie"
-# Formats whose rows are pairs. RewardBench 2 and RM-Bench compare more than two answers: their figures need scores.
-PAIR_FORMATS = (REWARD_BENCH, "llmbar", "judgebench")
+# Formats whose figures are made of pairs. RewardBench 2 gives shares of a tied top and margins: its figures need scores.
+PAIR_FORMATS = (REWARD_BENCH, "rm_bench", "llmbar", "judgebench")
 NO_MODEL = (
     "no model to judge with ({missing} not set): set OPENAI_API_KEY and API_MODEL (and OPENAI_BASE_URL for another server "
     "than OpenAI's; a local server without keys takes any word), or run the command beside the embedded model: "
@@ -205,6 +206,11 @@ class PairJudgement:
     orders: tuple[OrderVerdict, OrderVerdict]
 
     @property
+    def cluster(self) -> str:
+        """The unit of chance: the question, whatever its layout."""
+        return question_cluster(self.question)
+
+    @property
     def is_read(self) -> bool:
         """Whether both orders have a verdict."""
         return all(order.winner is not None for order in self.orders)
@@ -261,7 +267,7 @@ def consistency(judgements: Sequence[PairJudgement]) -> dict[str, Any]:
     """
     read = [judgement for judgement in judgements if judgement.is_read]
     same = [len({order.winner for order in judgement.orders}) == 1 for judgement in read]
-    orders = [(judgement.question, order) for judgement in judgements for order in judgement.orders]
+    orders = [(judgement.cluster, order) for judgement in judgements for order in judgement.orders]
     picks = [(question, order.picked_first) for question, order in orders if order.picked_first is not None]
     reasons = Counter(order.reason for _, order in orders if order.reason is not None)
     return {
@@ -271,7 +277,7 @@ def consistency(judgements: Sequence[PairJudgement]) -> dict[str, Any]:
         "n_without_verdict": dict(reasons.most_common()),
         "n_declared_ties": sum(order.winner == "tie" for _, order in orders),
         "n_disagreements": same.count(False),
-        **rate_fields("position_consistency", same, [True] * len(same), [judgement.question for judgement in read]),
+        **rate_fields("position_consistency", same, [True] * len(same), [judgement.cluster for judgement in read]),
         **rate_fields(
             "first_answer_rate", [bool(pick) for _, pick in picks], [True] * len(picks), [q for q, _ in picks]
         ),
@@ -408,25 +414,32 @@ class BenchmarkTask:
 
     @property
     def pairs(self) -> list[Answers]:
-        """One pair an item: (better, other)."""
+        """Every better answer of an item beside every other one: one pair, in RM-Bench nine."""
         return [
-            (Conversation(item.messages, item.chosen[0]), Conversation(item.messages, item.rejected[0]))
+            (Conversation(item.messages, better), Conversation(item.messages, other))
             for item in self.items
+            for better in item.chosen
+            for other in item.rejected
         ]
+
+    def by_item(self, judgements: Sequence[PairJudgement]) -> list[list[PairJudgement]]:
+        """The judgements on ``pairs``, item by item."""
+        given = iter(judgements)
+        return [[next(given) for _ in range(len(item.chosen) * len(item.rejected))] for item in self.items]
 
 
 def read_benchmark_task(
     data_file: str, format_name: str, *, category: str, limit: int, seed: int, max_bad_rows: int
 ) -> BenchmarkTask:
-    """Read a benchmark file whose rows are pairs.
+    """Read a benchmark file whose figures are made of pairs.
 
     Raises:
-        ContrastRMError: What reading raises, or a format that compares more than two answers.
+        ContrastRMError: What reading raises, or a format whose figures need scores.
     """
     name = detect_format(data_file) if format_name == "auto" else format_name
     if name not in PAIR_FORMATS:
         raise ContrastRMError(
-            f"{data_file} is of format {name}, whose figures compare more than two answers by scores; a judge takes "
+            f"{data_file} is of format {name}, whose figures need a score of every answer; a judge takes "
             f"{', '.join(PAIR_FORMATS)}"
         )
     choice: dict[str, Any] = {"category": category, "limit": limit, "seed": seed, "max_bad_rows": max_bad_rows}
@@ -442,31 +455,38 @@ def read_benchmark_task(
 
 def summarise_benchmark_task(task: BenchmarkTask, judgements: Sequence[PairJudgement]) -> dict[str, Any]:
     """The summary of the format, under the label of the data."""
-    scores = [SCORES[judgement.verdict] for judgement in judgements]
     if task.format_name == REWARD_BENCH:
+        scores = [SCORES[judgement.verdict] for judgement in judgements]
         figures = summarise_reward_bench(
             RewardBenchOutcome(item.id, item.subset, item.question, better, other, item.line)
             for item, (better, other) in zip(task.items, scores, strict=True)
         )
         return {"label": label_of(task.source, figures["complete"]), **figures}
     some = FORMATS[task.format_name]
-    figures = summarise_benchmark(
-        task.format_name,
-        [ItemOutcome(item, (b,), (o,)) for item, (b, o) in zip(task.items, scores, strict=True)],
-    )
+    groups = zip(task.items, task.by_item(judgements), strict=True)
+    figures = summarise_benchmark(task.format_name, [item_outcome(item, group) for item, group in groups])
     return {"label": label_of(task.source, figures["complete"], some.title, some.dataset_id), **figures}
 
 
-def benchmark_row(item: BenchmarkItem, judgement: PairJudgement) -> dict[str, Any]:
-    """One line of ``<format>.jsonl``."""
+def item_outcome(item: BenchmarkItem, judgements: Sequence[PairJudgement]) -> ItemOutcome:
+    """The verdicts on an item, as the figures of the benchmarks take them."""
+    given = iter(judgements)
+    return ItemOutcome(item, judged=tuple(tuple(next(given).verdict for _ in item.rejected) for _ in item.chosen))
+
+
+def benchmark_row(item: BenchmarkItem, judgements: Sequence[PairJudgement]) -> dict[str, Any]:
+    """One line of ``<format>.jsonl``; in RM-Bench ``orders`` are those of each comparison, row by row of the matrix."""
+    outcome = item_outcome(item, judgements)
+    orders = [judgement.to_rows() for judgement in judgements]
     return {
         "file": Path(item.file).name,
         "line": item.line,
         "id": item.id,
         "subset": item.subset,
         "question": item.question,
-        "verdict": judgement.verdict,
-        "orders": judgement.to_rows(),
+        "verdict": outcome.verdict if outcome.is_scored else None,
+        "verdicts": [list(row) for row in outcome.judged],
+        "orders": orders[0] if len(orders) == 1 else orders,
     }
 
 
@@ -578,15 +598,15 @@ def _write_benchmark(
     metadata |= {"format": task.format_name, "source": task.source}
     share = consistency(judgements)
     summary = {"metadata": metadata, **figures, "judge": {"overall": share}}
-    rows = [benchmark_row(item, judgement) for item, judgement in zip(task.items, judgements, strict=True)]
+    groups = zip(task.items, task.by_item(judgements), strict=True)
+    rows = [benchmark_row(item, group) for item, group in groups]
     write_jsonl(folder / f"{task.format_name}.jsonl", [{"label": figures["label"], **row} for row in rows])
     write_json(folder / summary_file(task.format_name), summary)
     if task.format_name == REWARD_BENCH:
         print_tables(summary)
     else:
-        print(figures["label"], end="\n\n")
-        print(text_table(BENCHMARK_SUBSET_HEADER, benchmark_subset_rows(summary)))
-        print(f"accuracy: {percent(figures['accuracy'])} {percent_interval(figures['accuracy_ci'])}")
+        print_benchmark(summary)
+        print()
     print(text_table(JUDGE_HEADER, [judge_row(task.format_name, share)]), end="\n\n")
 
 
