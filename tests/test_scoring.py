@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    LlamaConfig,
     LlamaForSequenceClassification,
+    Phi3Config,
+    Phi3ForSequenceClassification,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForSequenceClassification,
@@ -22,6 +25,7 @@ from transformers import (
 
 from codes.common.chat import ChatFormatter, Conversation, EncodedText
 from codes.common.errors import ContrastRMError
+from codes.common.rope import RopeLimit
 from codes.common.scoring import Scorer, collate_texts, plan_batches
 from codes.train.reward_model import RewardModel, load_reward_model
 from tests.conftest import chatml_tokenizer, llama_tokenizer, qwen_tokenizer, spread, tiny_config
@@ -302,3 +306,39 @@ def test_collate_example_of_the_docstring() -> None:
         [5, 6],
         [8, 9],
     ]
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_embeddings_that_follow_the_length_do_not_see_the_neighbours(
+    kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both choose their frequencies by the longest text of a batch; dynamic ones also keep those of the batch before."""
+    tokenizer = chatml_tokenizer()
+    config = tiny_config(
+        len(tokenizer),
+        LlamaConfig if kind == "dynamic" else Phi3Config,
+        num_labels=1,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config.max_position_embeddings, config.original_max_position_embeddings = (
+        (24, 24) if kind == "dynamic" else (96, 24)
+    )
+    config.rope_parameters = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
+    if kind == "longrope":
+        factors = {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+        config.rope_parameters |= {**factors, "original_max_position_embeddings": 24}
+    model_class = LlamaForSequenceClassification if kind == "dynamic" else Phi3ForSequenceClassification
+    plain = spread(model_class(config)).double().eval()
+    generator = np.random.default_rng(0)
+    texts = [EncodedText(tuple(generator.integers(5, 100, size=n).tolist())) for n in (23, 40, 24, 6, 39, 25, 40)]
+    alone = []
+    for text in texts:
+        fresh = model_class(config).double().eval()
+        fresh.load_state_dict(plain.state_dict())
+        with torch.inference_mode():
+            alone.append(fresh(input_ids=torch.tensor([text.input_ids])).logits.item())
+    together = Scorer(RewardModel(plain).eval(), ChatFormatter(tokenizer), progress=False).score_texts(texts)
+    assert f"rotary embedding ({kind})" in capsys.readouterr().err
+    np.testing.assert_allclose(together.scores, alone, rtol=0, atol=1e-5)
+    assert plan_batches([40, 39, 24, 6], 1000, RopeLimit(24, one_by_one=False)) == [[0, 1], [2, 3]]
+    assert plan_batches([40, 39, 24, 6], 1000, RopeLimit(24, one_by_one=True)) == [[0], [1], [2, 3]]

@@ -30,6 +30,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from codes.common.errors import ContrastRMError
 from codes.common.packing import PackLayout
+from codes.common.rope import LENGTH_DEPENDENT, rope_kinds
 
 BACKENDS = ("segments", "flex", "dense")
 # One attention name for each implementation that a padded batch of the same model goes on using.
@@ -64,18 +65,10 @@ def why_not_packable(model: PreTrainedModel) -> str | None:
         return "its forward pass takes no further arguments"
     if model.config._attn_implementation not in (*_NAMES, *_NAMES.values()):
         return f"the attention implementation {model.config._attn_implementation} was asked for"
-    for kind in _rope_kinds(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)):
-        if kind in ("dynamic", "longrope"):
+    for kind, _ in rope_kinds(config):
+        if kind in LENGTH_DEPENDENT:
             return f"its rotary embedding ({kind}) depends on the longest text of a batch"
     return None
-
-
-def _rope_kinds(rope: Any) -> Iterator[str]:
-    """The kinds of rotary embedding of a config: one for all layers, or one for every kind of layer."""
-    if isinstance(rope, dict):
-        yield str(rope.get("rope_type", rope.get("type", "default")))
-        for inner in rope.values():
-            yield from _rope_kinds(inner)
 
 
 @contextmanager

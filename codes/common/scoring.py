@@ -26,6 +26,7 @@ from codes.common.errors import ContrastRMError
 from codes.common.packed_attention import FLEX_BLOCK
 from codes.common.packing import build_pack, plan_packs
 from codes.common.ranks import Ranks
+from codes.common.rope import RopeLimit
 from codes.common.score_store import ScoreStore
 
 if TYPE_CHECKING:
@@ -121,20 +122,28 @@ def resolve_packing(model: torch.nn.Module, packing: str) -> str:
     return "off"
 
 
-def plan_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def plan_batches(lengths: Sequence[int], max_tokens: int, limit: RopeLimit | None = None) -> list[list[int]]:
     """Group indices of similar length so that rows x longest stays within a token budget.
 
     Args:
         lengths: Tokens of each text.
         max_tokens: Padded tokens of a batch. A single longer text gets a batch of its own.
+        limit: Texts on its two sides never share a batch.
 
     Returns:
         Batches of indices, longest first: an out-of-memory error shows in the first batch, not in the last.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     batches: list[list[int]] = []
+
+    def may_join(index: int, batch: Sequence[int]) -> bool:
+        longest = lengths[batch[0]]
+        if limit is not None and longest > limit.tokens and (limit.one_by_one or lengths[index] <= limit.tokens):
+            return False
+        return longest * (len(batch) + 1) <= max_tokens
+
     for index in order:
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= max_tokens:
+        if batches and may_join(index, batches[-1]):
             batches[-1].append(index)
         else:
             batches.append([index])
@@ -214,6 +223,8 @@ class Scorer:
         self.max_tokens_per_batch = max_tokens_per_batch or default_token_budget(self.device)
         # The wrapper of a prepared model hides whether the model takes packs; that was settled before.
         self.packing = packing if accelerator else resolve_packing(model, packing)
+        bare = accelerator.unwrap_model(model) if accelerator else model
+        self._rope_limit: RopeLimit | None = getattr(bare, "rope_limit", None)
         self.progress = progress
         self.checked_texts = checked_texts
         self.store: ScoreStore | None = None
@@ -275,7 +286,7 @@ class Scorer:
 
     def _plan(self, texts: Sequence[EncodedText], max_tokens: int) -> list[list[int]]:
         if self.packing == "off":
-            return plan_batches([len(text.input_ids) for text in texts], max_tokens)
+            return plan_batches([len(text.input_ids) for text in texts], max_tokens, self._rope_limit)
         return plan_packs([text.input_ids for text in texts], max_tokens, share=self.packing == "shared")
 
     def _score_distinct(self, texts: Sequence[EncodedText], description: str) -> tuple[list[float], int, int]:

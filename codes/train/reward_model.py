@@ -38,6 +38,7 @@ from codes.common.errors import ContrastRMError
 from codes.common.packed_attention import FLEX_BLOCK, install_packed_attention, narrowed_windows, why_not_packable
 from codes.common.packing import PackLayout, build_pack
 from codes.common.records import ensure_writable_folder
+from codes.common.rope import forget_long_texts, rope_limit
 from codes.train.lora import (
     ADAPTER_FOLDER,
     LoraSettings,
@@ -101,6 +102,8 @@ class RewardModel(nn.Module):
         self.classifier = classifier
         self._takes_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
         self.takes_packs = False
+        # Padded batches must not mix texts on its two sides (``codes.common.scoring`` keeps them apart).
+        self.rope_limit = rope_limit(self.backbone.config.get_text_config())
         self.lora: LoraSettings | None = None
 
     @property
@@ -224,6 +227,8 @@ class RewardModel(nn.Module):
             pooled: torch.Tensor = hidden[0, ends]
             return pooled
         assert attention_mask is not None, "a padded batch needs its attention mask"
+        if self.rope_limit is not None:
+            forget_long_texts(self.backbone)
         inputs["attention_mask"] = attention_mask
         if self._takes_positions:
             # Positions count real tokens, so that left padding changes nothing, not even for learned positions.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -238,6 +239,13 @@ def train(
     draws, total_steps = data.draws, data.draws.total_steps
     schedule = Schedule(learning_rate, warmup_in_force(warmup_steps, total_steps), total_steps)
     packing = resolve_packing(model, packing)
+    rope = model.rope_limit
+    if rope is not None and (data.max_length is None or data.max_length > rope.tokens) and is_first_process():
+        print(
+            f"note: the rotary embedding of this model changes with the longest text of a micro-batch beyond {rope.tokens} "
+            f"tokens; --max_length {rope.tokens} keeps a group's loss independent of its neighbours",
+            file=sys.stderr,
+        )
     if torch_compile:
         compile_backbone(model, packing=packing, device=training_device())
     costs = draws.costs(packing)
