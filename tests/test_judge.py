@@ -327,6 +327,26 @@ def test_benchmark_files_are_judged(name: str, run: Callable[..., int], tmp_path
     assert not (folder / "bias_summary.json").exists()
 
 
+def test_judgebench_counts_a_judge_as_published_too(run: Callable[..., int], tmp_path: Path, capsys: Any) -> None:
+    """More orders right than wrong: a tie or an unreadable answer in one order takes nothing from the other."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in BENCHMARKS["judgebench"]))
+
+    def odd(first: str, second: str) -> str:
+        # Row 0: right and unreadable; row 1: right and wrong; row 2: unreadable twice.
+        length = len(first) if first.startswith("c") else len(second)
+        if length == 11 or (length == 9 and not first.startswith("c")):
+            return "who knows"
+        return "A"
+
+    with ChatServer(scripted(odd)) as server:
+        assert run(server, "--bias_type", "none", "--data_file", path) == 0
+    summary = summary_of(tmp_path / "results" / "judge", "judgebench_summary.json")
+    assert (summary["accuracy_count"], summary["accuracy_total"], summary["n_ties"]) == (0, 1, 1)
+    assert (summary["published_accuracy_count"], summary["published_accuracy_total"]) == (1, 3)
+    assert "published_accuracy" in capsys.readouterr().out
+
+
 def test_rm_bench_is_judged_pair_by_pair(run: Callable[..., int], tmp_path: Path) -> None:
     """The nine comparisons of a row are nine pairs: a judge by length has the figures of a scorer by length."""
     lengths = [((3, 5, 9), (4, 5, 6)), ((7, 8, 9), (1, 2, 3)), ((1, 2, 3), (4, 5, 6))]

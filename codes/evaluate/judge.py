@@ -225,6 +225,15 @@ class PairJudgement:
             return "correct"
         return "wrong" if winners == {"other"} else "tie"
 
+    @property
+    def mostly_right(self) -> bool:
+        """Whether more orders are right than wrong: JudgeBench's own count, to which a tie or no verdict is neither.
+
+        Source: ``compute_final_metrics`` of https://github.com/ScalerLab/JudgeBench.
+        """
+        winners = [order.winner for order in self.orders]
+        return winners.count("better") > winners.count("other")
+
     def to_rows(self) -> list[dict[str, Any]]:
         """The two orders, the one with the better answer first at the start."""
         return [order.to_row() for order in self.orders]
@@ -465,6 +474,10 @@ def summarise_benchmark_task(task: BenchmarkTask, judgements: Sequence[PairJudge
     some = FORMATS[task.format_name]
     groups = zip(task.items, task.by_item(judgements), strict=True)
     figures = summarise_benchmark(task.format_name, [item_outcome(item, group) for item, group in groups])
+    if task.format_name == "judgebench":
+        right = [judgement.mostly_right for judgement in judgements]
+        clusters = [judgement.cluster for judgement in judgements]
+        figures |= rate_fields("published_accuracy", right, [True] * len(right), clusters)
     return {"label": label_of(task.source, figures["complete"], some.title, some.dataset_id), **figures}
 
 
