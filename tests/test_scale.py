@@ -76,6 +76,43 @@ def test_zero_three_in_bfloat16_with_lora_equals_one_process(
     assert scores[1] == pytest.approx(scores[0], abs=0.05) and scores[2] == pytest.approx(scores[1], abs=0.05)
 
 
+TWO_RANKS = """
+import os, sys
+from codes.common.errors import ContrastRMError
+from codes.train.engine import make_accelerator, set_accumulation, smallest_of_ranks
+rank = int(os.environ["RANK"])
+accelerator = make_accelerator(precision="fp32")
+print("smallest", smallest_of_ranks(accelerator, 300 + rank))
+set_accumulation(accelerator, 3, max_grad_norm=1.0)
+print("steps", accelerator.gradient_accumulation_steps)
+try:
+    set_accumulation(accelerator, 3 + rank, max_grad_norm=1.0)
+except ContrastRMError as error:
+    print(error)
+"""
+
+
+def test_ranks_agree_on_the_smallest_budget_and_on_the_micro_steps() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_RANKS],
+            cwd=REPO_ROOT,
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(REPO_ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for printed in finish(*ranks):
+        assert "smallest 300" in printed and "steps 3" in printed
+        assert "would take [3, 4] micro-batches a step" in printed
+
+
 def test_two_machines_equal_one_process(tiny_base_dir: Path, train_file: Path, tmp_path: Path) -> None:
     """Two launchers that find each other by address and port, as on two machines."""
     extra = ("--global_batch_size", "4", "--micro_batch_size", "1", "--epochs", "1")

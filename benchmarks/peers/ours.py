@@ -39,7 +39,7 @@ from codes.common.packing import Pack, build_pack, plan_packs
 from codes.common.records import read_preference_file
 from codes.common.scoring import Scorer, collate_texts, default_token_budget, resolve_packing
 from codes.train.data_utils import Group, count_micro_steps, encode_groups, group_costs, pack_groups, shard_step
-from codes.train.engine import keeps_master_weights, make_accelerator, prepare, training_device
+from codes.train.engine import keeps_master_weights, make_accelerator, prepare, set_accumulation, training_device
 from codes.train.objective import Objective
 from codes.train.reward_model import load_reward_model
 from codes.train.trainer import Schedule, Trainer
@@ -100,9 +100,8 @@ def build_trainer(
     micro_steps = count_micro_steps(
         plan, costs, max_tokens=max_tokens_per_batch, world_size=1, by_length=packing == "off"
     )
-    accelerator = make_accelerator(
-        precision="fp32" if masters else precision, accumulation=micro_steps, max_grad_norm=1.0
-    )
+    accelerator = make_accelerator(precision="fp32" if masters else precision)
+    set_accumulation(accelerator, micro_steps, max_grad_norm=1.0)
     prepared_model, optimizer = prepare(
         accelerator, model, learning_rate=learning_rate, weight_decay=0.01, master_weights=masters
     )

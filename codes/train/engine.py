@@ -36,16 +36,27 @@ def resolve_precision(precision: str) -> str:
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
 
 
-def make_accelerator(*, precision: str, accumulation: int, max_grad_norm: float) -> Accelerator:
-    """The one distributed engine: plain, DDP, or DeepSpeed as the launcher said."""
+def make_accelerator(*, precision: str) -> Accelerator:
+    """The one distributed engine: plain, DDP, or DeepSpeed as the launcher said; ``set_accumulation`` it before ``prepare``."""
     distributed_cpu = not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1
     # Without a named backend accelerate does not see that DeepSpeed on a CPU has several processes.
     handlers = [InitProcessGroupKwargs(backend="gloo")] if distributed_cpu else []
-    accelerator = Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision,
-        gradient_accumulation_steps=accumulation,
-        kwargs_handlers=handlers,
-    )
+    return Accelerator(mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=handlers)
+
+
+def set_accumulation(accelerator: Accelerator, accumulation: int, *, max_grad_norm: float) -> None:
+    """Say how many micro-batches make a step; all processes must say the same.
+
+    Raises:
+        ContrastRMError: They do not, and would wait for each other for ever.
+    """
+    mine = torch.tensor([accumulation], device=accelerator.device)
+    found = accelerator.gather(mine).tolist()
+    if len(set(found)) > 1:
+        raise ContrastRMError(
+            f"the processes would take {found} micro-batches a step: start them with the same settings on every machine"
+        )
+    accelerator.gradient_accumulation_steps = accumulation
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         # There is no torch DataLoader to read these from: groups are planned per step.
         config = accelerator.state.deepspeed_plugin.deepspeed_config
@@ -54,7 +65,6 @@ def make_accelerator(*, precision: str, accumulation: int, max_grad_norm: float)
         config["gradient_accumulation_steps"] = accumulation
         config["gradient_clipping"] = max_grad_norm
         config["train_batch_size"] = accumulation * accelerator.num_processes
-    return accelerator
 
 
 def make_optimizer(
@@ -154,15 +164,10 @@ def compile_backbone(model: RewardModel, *, packing: str, device: torch.device, 
     model.backbone.compile(backend=backend, dynamic=True)
 
 
-def check_same_micro_steps(accelerator: Accelerator, micro_steps: int) -> None:
-    """Ranks that take different numbers of micro-steps would wait for each other for ever."""
-    mine = torch.tensor([micro_steps], device=accelerator.device)
-    found = accelerator.gather(mine).tolist()
-    if len(set(found)) > 1:
-        raise ContrastRMError(
-            f"the processes would take {found} micro-steps, because their devices have different memory; set "
-            "--max_tokens_per_batch to what the smallest one holds"
-        )
+def smallest_of_ranks(accelerator: Accelerator, value: int) -> int:
+    """The smallest value that a process has; all of them must ask."""
+    found: list[int] = accelerator.gather(torch.tensor([value], device=accelerator.device)).tolist()
+    return min(found)
 
 
 def training_device() -> torch.device:

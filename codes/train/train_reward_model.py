@@ -42,12 +42,13 @@ from codes.train.data_utils import NEGATIVES, count_micro_steps
 from codes.train.divergence import REPORT_FILE
 from codes.train.engine import (
     PRECISIONS,
-    check_same_micro_steps,
     compile_backbone,
     keeps_master_weights,
     make_accelerator,
     prepare,
     resolve_precision,
+    set_accumulation,
+    smallest_of_ranks,
     training_device,
     under_deepspeed,
 )
@@ -249,13 +250,21 @@ def train(
     if torch_compile:
         compile_backbone(model, packing=packing, device=training_device())
     costs = draws.costs(packing)
-    max_tokens_per_batch = max_tokens_per_batch or choose_token_budget(
-        model,
-        training_device(),
-        precision=precision,
-        world_size=world_size,
-        gradient_checkpointing=gradient_checkpointing,
-    )
+    accelerator = make_accelerator(precision="fp32" if master_weights else precision)
+    if accelerator.num_processes != world_size:
+        raise ContrastRMError(
+            f"the launcher started {world_size} processes, accelerate sees {accelerator.num_processes}; "
+            "start with bash run_training.sh"
+        )
+    if not max_tokens_per_batch:
+        fits = choose_token_budget(
+            model,
+            training_device(),
+            precision=precision,
+            world_size=world_size,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        max_tokens_per_batch = smallest_of_ranks(accelerator, fits)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
     micro_steps = count_micro_steps(
@@ -266,15 +275,7 @@ def train(
         world_size=world_size,
         by_length=packing == "off",
     )
-    accelerator = make_accelerator(
-        precision="fp32" if master_weights else precision, accumulation=micro_steps, max_grad_norm=max_grad_norm
-    )
-    if accelerator.num_processes != world_size:
-        raise ContrastRMError(
-            f"the launcher started {world_size} processes, accelerate sees {accelerator.num_processes}; "
-            "start with bash run_training.sh"
-        )
-    check_same_micro_steps(accelerator, micro_steps)
+    set_accumulation(accelerator, micro_steps, max_grad_norm=max_grad_norm)
     set_seed(seed)
     if accelerator.is_main_process:
         print("\n".join(describe_data(data)), flush=True)
