@@ -65,7 +65,9 @@ from codes.evaluate.report_tables import (
     subset_rows,
 )
 
-BENCH_HEADER = ("model", "weighted_average_accuracy", "rewardbench_score", "data")
+# Words that wrap: the keys of the JSON would make a column as wide as they are long.
+BENCH_FIGURES = ("weighted average accuracy", "RewardBench score")
+BENCH_HEADER = ("model", *BENCH_FIGURES, "data")
 CAUSE_COLOURS = (BLUE, VERMILION, GREEN, PURPLE)
 
 Summary = Mapping[str, Any]
@@ -124,7 +126,7 @@ def _overview(results: Sequence[ModelResults]) -> Part:
     with_bench = any(model.reward_bench is not None for model in results)
     header = [*LEADER_HEADER]
     if with_bench:
-        header += ["weighted_average_accuracy", "rewardbench_score"]
+        header += BENCH_FIGURES
     rows: list[Row] = []
     for model in results:
         row = leader_row(model.name, model.bias)
@@ -428,7 +430,7 @@ _CLEAN_TEXT = (
     "data_manifest.jsonl lists them. They are in every figure above; here are the main figures without them.",
 )
 _BENCH_TEXT = (
-    "weighted_average_accuracy = correct / rows that are there; a tie is not correct. rewardbench_score = mean of the four "
+    "Weighted average accuracy = correct / rows that are there; a tie is not correct. RewardBench score = mean of the four "
     "sections, each the mean of its subsets weighted by the official counts; null as soon as one section is partial.",
 )
 _BENCHMARKS_TEXT = (
