@@ -577,7 +577,7 @@ def test_out_of_memory_in_step_with_other_processes_stops_instead_of_halving(tin
     model, tokenizer = load_reward_model(str(tiny_llama_dir), dtype="float32")
     formatter = ChatFormatter(tokenizer)
     narrow = Narrow(model, limit=10)
-    accelerator: Any = SimpleNamespace(num_processes=2)
+    accelerator: Any = SimpleNamespace(num_processes=2, unwrap_model=lambda model: model)
     scorer = Scorer(narrow, formatter, packing="off", progress=False, accelerator=accelerator)
     with pytest.raises(ContrastRMError, match="between the steps: lower --max_tokens_per_batch"):
         scorer.compute(formatter.encode(conversations(6, 3)))
