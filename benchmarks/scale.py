@@ -78,7 +78,9 @@ def train_once(
         "LORA_RANK": lora,
         "GLOBAL_BATCH_SIZE": GROUPS_PER_STEP,
         "MICRO_BATCH_SIZE": GROUPS_PER_STEP // (processes * accumulation),
-        "LEARNING_RATE": 1e-3,
+        # AdamW moves a weight by the learning rate however small its gradient is: where that is nearly zero, the order of
+        # additions decides the direction.
+        "LEARNING_RATE": 3e-4,
         "WARMUP_STEPS": 1,
         "EPOCHS": 2,
         "CUDA_VISIBLE_DEVICES": "",
