@@ -114,8 +114,8 @@ def test_an_encoder_is_healthy(tmp_path: Path) -> None:
     model.config.problem_type = "regression"
     findings = examine(save_reward_model(model, tokenizer, tmp_path / "encoder"))
     assert list(findings) == CHECKS
-    # It takes no packs, and says so.
-    odd = {check: finding.status for check, finding in findings.items() if finding.status != PASS}
+    # It takes no packs, and says so. (Its random scores lie close together: bfloat16 may turn a pair.)
+    odd = {check: finding.status for check, finding in findings.items() if finding.status != PASS and check != "dtype"}
     assert odd == {"packing invariance": WARN}
     assert "not a decoder" in findings["packing invariance"].found
 
