@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+MATRIX_MULTIPLICATION = "matrix multiplication"
 # Parts of operators' and kernels' names; the first kind that fits counts.
 KINDS = {
     "attention": ("attention", "flash", "flex", "fmha"),
     "optimizer": ("adam", "foreach"),
-    "matrix multiplication": ("aten::mm", "addmm", "bmm", "linear", "gemm", "cutlass", "nvjet", "xmma"),
+    MATRIX_MULTIPLICATION: ("aten::mm", "addmm", "bmm", "linear", "gemm", "cutlass", "nvjet", "xmma"),
 }
 REST = "other operators"
 OUTSIDE = "outside of operators"

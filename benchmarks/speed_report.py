@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.profiling import MATRIX_MULTIPLICATION
 from benchmarks.suites import GEMM, PROFILED
 from codes.common.records import write_jsonl, write_text
 from codes.common.reporting import BLUE, GREY, VERMILION, Section, number, render_markdown
@@ -44,7 +45,7 @@ def write_report(lines: Sequence[Line], results_dir: str | Path, *, peak_tflops:
     if kind in RATES:
         for scenario in dict.fromkeys(line["scenario"] for line in lines if line["run"] not in NOT_COMPARED):
             sections.append(comparison_section(lines, scenario, peak_tflops))
-            sections += profile_section(done, scenario)
+            sections += profile_section(done, scenario, gemm_gflops(done, lines[0]["dtype"]))
         svg = plot_rates_of(done) if any(line["run"] not in NOT_COMPARED for line in done) else None
     elif kind == "gemm_rate" and done:
         sections.append(gemm_section(done))
@@ -179,8 +180,12 @@ def comparison_notes(
     return notes
 
 
-def profile_section(lines: Sequence[Line], scenario: str) -> list[Section]:
-    """Where the time of our default goes, the median of the rounds; nothing where no round was profiled."""
+def profile_section(lines: Sequence[Line], scenario: str, gemm: float | None) -> list[Section]:
+    """Where the time of our default goes, the median of the rounds; nothing where no round was profiled.
+
+    Args:
+        gemm: GFLOP/s of matrix multiplications alone.
+    """
     mine = [line for line in lines if line["scenario"] == scenario and line["run"] == PROFILED]
     if not mine:
         return []
@@ -194,6 +199,12 @@ def profile_section(lines: Sequence[Line], scenario: str) -> list[Section]:
         "Our default under the profiler, which slows it down a little: every operator's own time.",
         f"Slowest operators of the last round: {slowest}.",
     ]
+    # Backward is twice forward; checkpointing computes forward again.
+    passes = 3 + mine[0]["gradient_checkpointing"] if mine[0]["kind"] == "training" else 1
+    work = 2 * mine[0]["n_parameters"] * mine[0]["n_computed_tokens"] * passes
+    reached = work / seconds[MATRIX_MULTIPLICATION] / 1e9
+    share = f", {100 * reached / gemm:.0f} % of their rate alone" if gemm else ""
+    notes.append(f"Matrix multiplications reach {significant(reached)} GFLOP/s{share}.")
     return [Section(f"Profile {scenario}".strip(), notes, ["kind", "seconds", "share"], rows)]
 
 

@@ -478,6 +478,8 @@ def test_a_suite_runs_every_peer_once_a_round_and_writes_its_table(compared: tup
     assert sum(kinds.values()) == pytest.approx(profiled["seconds"], rel=0.1)
     assert min(kinds["matrix multiplication"], kinds["attention"], kinds["other operators"]) > 0 == kinds["optimizer"]
     assert f"| attention | {kinds['attention']:.3g} |" in table
+    flops = 2 * profiled["n_parameters"] * profiled["n_computed_tokens"]
+    assert f"{100 * flops / kinds['matrix multiplication'] / 1e9 / fastest:.0f} % of their rate alone" in table
     assert 0 < (folder / "results" / "scoring-bf16.svg").stat().st_size < 200_000
     # The committed files name no place of this machine.
     assert not any(
