@@ -144,7 +144,10 @@ def offloaded() -> set[str]:
 
 
 def device_bytes(device: torch.device) -> int:
-    """Memory of the smallest device of its kind on this node, or what is free on the host; the same on every rank of a node."""
+    """Memory of this node's smallest device, or a rank's share of the host's.
+
+    All of it, not what is free: a resumed run must plan as the first one did.
+    """
     if device.type == "cuda":
         return min(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count()))
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
