@@ -32,6 +32,7 @@ from benchmarks.common import (
     whole_steps,
     write_line,
 )
+from benchmarks.parts import Part, add_part_arguments, choose_part
 from benchmarks.rows import TextSet, public_bias_files, read_texts
 from codes.common.chat import Conversation
 from codes.common.errors import ContrastRMError
@@ -266,6 +267,7 @@ def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--percent", type=float, default=100, help="so many of a hundred questions, by a seeded hash")
     parser.add_argument("--seed", type=int, default=42, help="of that choice")
+    add_part_arguments(parser)
     parser.add_argument(
         "--scores_file", default=None, help="write the scores here (a JSON list, in the order of the texts)"
     )
@@ -276,8 +278,38 @@ def read_asked_texts(files: Sequence[str] | None, percent: float, seed: int) -> 
     return read_texts(files or public_bias_files(), percent=percent, seed=seed)
 
 
-def scoring_fields(result: dict[str, Any], texts: TextSet, n_tokens: int, scores_file: str | None) -> dict[str, Any]:
+def in_order(items: Sequence[Any], batch_size: int) -> list[range]:
+    """Positions, so many at a time."""
+    return [range(start, min(start + batch_size, len(items))) for start in range(0, len(items), batch_size)]
+
+
+def choose_padded_part(
+    plain: PlainModel,
+    conversations: Sequence[Conversation],
+    plan: Callable[[Sequence[int]], Sequence[Sequence[int]]],
+    *,
+    part: int,
+    parts: int,
+    seed: int,
+) -> Part:
+    """The texts of a part of a padded peer's batches.
+
+    Args:
+        plan: Positions of every batch, from the tokens of the texts.
+    """
+    lengths = [len(row) for row in plain.tokenize(plain.render(conversations))]
+    batches = plan(lengths)
+    costs = [len(batch) * max(lengths[index] for index in batch) for batch in batches]
+    return choose_part(batches, costs, part=part, parts=parts, seed=seed)
+
+
+def scoring_fields(
+    result: dict[str, Any], texts: TextSet, n_tokens: int, scores_file: str | None, part: Part | None = None
+) -> dict[str, Any]:
     """The result of a scoring run, the same names for every peer; the scores go to their file.
+
+    Args:
+        part: What was scored of the texts, and stands for all of them; None: all.
 
     Raises:
         ContrastRMError: A score is not finite.
@@ -289,12 +321,14 @@ def scoring_fields(result: dict[str, Any], texts: TextSet, n_tokens: int, scores
         )
     if scores_file is not None:
         write_json(scores_file, scores.tolist())
+    if part is not None and part.of > 1:
+        result |= part.fields(result["seconds"], result["n_computed_tokens"])
     return {
         "task": "scoring",
         **texts.fields,
         "n_tokens": n_tokens,
         **result,
-        "texts_per_second": len(scores) / result["seconds"],
+        "texts_per_second": len(texts.conversations) / result["seconds"],
         "tokens_per_second": n_tokens / result["seconds"],
         "score_mean": float(scores.mean()),
         "score_sd": float(scores.std()),
@@ -367,6 +401,7 @@ def run_training(
 def run_scoring(
     peer: str,
     batches: Callable[[PlainModel, list[str]], Iterator[tuple[Any, Any]]],
+    plan: Callable[[Sequence[int]], Sequence[Sequence[int]]],
     *,
     model_path: str,
     precision: str,
@@ -376,18 +411,24 @@ def run_scoring(
     percent: float,
     seed: int,
     scores_file: str | None,
+    part: int,
+    parts: int,
     **settings: Any,
 ) -> None:
     """Score the texts of files, and write the JSON line.
 
     Args:
         batches: Makes (positions, padded batch) of the rendered texts.
+        plan: The same batches as positions, from the tokens of the texts.
         settings: Further settings, for the line.
     """
     texts = read_asked_texts(files, percent, seed)
     plain = load_plain_model(model_path, precision=precision, device=device)
-    result = score_texts(plain, texts.conversations, lambda rendered: batches(plain, rendered))
+    mine = choose_padded_part(plain, texts.conversations, plan, part=part, parts=parts, seed=seed)
+    result = score_texts(
+        plain, [texts.conversations[index] for index in mine.positions], lambda rendered: batches(plain, rendered)
+    )
     n_tokens = sum(map(len, plain.tokenize(plain.render(texts.conversations))))
     fields = {"peer": peer, "precision": precision, "device": str(plain.device), **settings}
-    fields |= scoring_fields(result, texts, n_tokens, scores_file)
+    fields |= scoring_fields(result, texts, n_tokens, scores_file, mine)
     write_line(fields | model_fields(model_path), output_file)

@@ -64,10 +64,11 @@ def trl_python() -> Path:
     return REPO_ROOT / os.environ.get("TRL_VENV", TRL_VENV) / "bin" / "python"
 
 
-def measure_once(peer: Run, *, threads: int, device: str, log: Path) -> dict[str, Any]:
+def measure_once(peer: Run, *, number: int, threads: int, device: str, log: Path) -> dict[str, Any]:
     """Run a peer to its end: its JSON line, or why there is none.
 
     Args:
+        number: Of the round.
         log: What the peer says on stderr.
     """
     python = trl_python() if peer.environment == TRL else Path(sys.executable)
@@ -81,7 +82,7 @@ def measure_once(peer: Run, *, threads: int, device: str, log: Path) -> dict[str
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as errors:
         done = subprocess.run(
-            [str(python), "-m", peer.module, *peer.arguments],
+            [str(python), "-m", peer.module, *peer.arguments, *(("--part", str(number)) if peer.in_parts else ())],
             cwd=REPO_ROOT,
             env=environment,
             stdout=subprocess.PIPE,
@@ -133,7 +134,7 @@ def run_suite(
         for number, one in bar:
             bar.set_postfix_str(f"round {number + 1}, {one.name}")
             log = lines_file.parent / "logs" / f"{suite.name}-{suite.runs.index(one)}-{one.name}-{number}.log"
-            found = measure_once(one, threads=threads, device=options.device, log=log)
+            found = measure_once(one, number=number, threads=threads, device=options.device, log=log)
             if "failed" in found:
                 n_failed += 1
                 bar.write(f"{suite.name}: {one.name} {one.scenario}: {found['failed']} (log: {log})", file=sys.stderr)
@@ -202,6 +203,12 @@ def build_parser() -> argparse.ArgumentParser:
     rows.add_argument("--input_file", default=None, help="preference records of the training suites")
     rows.add_argument("--files", nargs="+", default=[], help="evaluation files of the scoring suites")
     rows.add_argument("--percent", type=float, default=None, help="so many of a hundred questions are scored")
+    rows.add_argument(
+        "--parts",
+        type=positive,
+        default=1,
+        help="scoring: deal the work out over so many rounds (--rounds may be fewer)",
+    )
     rows.add_argument("--seed", type=int, default=42, help="chooses the rows")
     rows.add_argument("--max_length", type=positive, default=1024, help="most tokens of a text to train on")
     training = parser.add_argument_group("training")
@@ -230,6 +237,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run suites and write their tables; 1 where a run failed."""
     args = build_parser().parse_args(argv)
     names = [name for name in args.suites if name != "report"]
+    if 1 < args.parts < args.rounds:
+        raise ContrastRMError(f"--rounds {args.rounds}: there are only {args.parts} parts, each measured once")
     n_failed = 0
     if "report" in args.suites:
         names = reported_suites(names, args.work_dir, args.results_dir)

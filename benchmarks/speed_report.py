@@ -128,7 +128,8 @@ def comparison_row(
     done = [one for one in lines if one["run"] == run and "failed" not in one]
     ratios = [ratio_within_rounds(rates[run], rates[name]) for name in baselines]
     rate = useful / statistics.median(one["seconds"] for one in done) / 1e9 if useful else None
-    check = done[-1]["losses"][0] if line["kind"] == "training" else done[-1]["score_mean"]
+    # Another part has other texts.
+    check = done[-1]["losses"][0] if line["kind"] == "training" else mean_of_parts(done)
     return [
         line["label"],
         significant(statistics.median(found)),
@@ -138,8 +139,20 @@ def comparison_row(
         f"{max(one['peak_bytes'] for one in done) / 2**30:.2f}",
         "–" if rate is None else significant(rate),
         "–" if rate is None or not peak else f"{100 * rate / peak:.0f} %",
-        number(check, 4),
+        "–" if check is None else number(check, 4),
     ]
+
+
+def mean_of_parts(lines: Sequence[Line]) -> float | None:
+    """Mean score of all texts; None where only some parts of them were scored."""
+    parts = {line["part"]: line for line in lines if "part" in line}
+    if not parts:
+        found: float = lines[-1]["score_mean"]
+        return found
+    if len(parts) < lines[-1]["parts"]:
+        return None
+    n_texts = sum(line["part_n_texts"] for line in parts.values())
+    return sum(line["score_mean"] * line["part_n_texts"] for line in parts.values()) / n_texts
 
 
 def comparison_notes(
@@ -169,6 +182,12 @@ def comparison_notes(
     ]
     if left_out:
         notes.append(f"Not run: {', '.join(left_out)}.")
+    if "part" in own:
+        n_parts = len({line["part"] for line in done})
+        notes.append(
+            f"{n_parts} of {own['parts']} parts: every round computed other batches, dealt out by a seeded hash, of each "
+            "run's own plan of all texts. A part's seconds by its share of the computed tokens stand for the whole."
+        )
     if useful is not None:
         notes.append(
             f"Useful work: {useful / 1e9:,.0f} GFLOP (every token of the prefix trees once), for all runs alike."
@@ -201,8 +220,15 @@ def profile_section(lines: Sequence[Line], scenario: str, gemm: float | None) ->
     ]
     # Backward is twice forward; checkpointing computes forward again.
     passes = 3 + mine[0]["gradient_checkpointing"] if mine[0]["kind"] == "training" else 1
-    work = 2 * mine[0]["n_parameters"] * mine[0]["n_computed_tokens"] * passes
-    reached = work / seconds[MATRIX_MULTIPLICATION] / 1e9
+    per_token = 2 * mine[0]["n_parameters"] * passes
+    reached = statistics.median(
+        per_token
+        * line["n_computed_tokens"]
+        * line.get("part_share", 1)
+        / line["seconds_by_kind"][MATRIX_MULTIPLICATION]
+        / 1e9
+        for line in mine
+    )
     share = f", {100 * reached / gemm:.0f} % of their rate alone" if gemm else ""
     notes.append(f"Matrix multiplications reach {significant(reached)} GFLOP/s{share}.")
     return [Section(f"Profile {scenario}".strip(), notes, ["kind", "seconds", "share"], rows)]

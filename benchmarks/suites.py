@@ -45,6 +45,7 @@ class Options:
         max_tokens: Padded tokens of a batch of the sorted baseline; 0: as many as ours computes.
         max_tokens_per_batch: Computed tokens of a batch of ours; 0: what suits the device.
         percent: So many of a hundred questions are scored.
+        parts: Deal the batches of a scoring suite out over so many rounds.
     """
 
     model_path: Path = MODEL_DIR
@@ -62,6 +63,7 @@ class Options:
     max_length: int = 1024
     gradient_checkpointing: int | None = None
     percent: float | None = None
+    parts: int = 1
     shapes: tuple[str, ...] = ()
     prompts: tuple[int, ...] = ()
     group_sizes: tuple[int, ...] = ()
@@ -80,6 +82,7 @@ class Run:
         scenario: Runs of one scenario do the same work.
         environment: Whose Python runs it.
         pairs_per_group: How many of the peer's groups make one of ours (TRL gets a group of four as three pairs).
+        in_parts: Every round computes the next part of the work.
     """
 
     name: str
@@ -89,6 +92,7 @@ class Run:
     scenario: str = ""
     environment: str = OWN
     pairs_per_group: int = 1
+    in_parts: bool = False
 
 
 @dataclass(frozen=True)
@@ -206,7 +210,7 @@ def scoring_suite(name: str, options: Options) -> Suite:
     precision = "float32" if name.endswith("fp32") else "bfloat16"
     percent = options.percent if options.percent is not None else SCORING_PERCENT[name]
     common = ("--model_path", str(options.model_path), "--precision", precision, "--device", options.device)
-    common += ("--percent", str(percent), "--seed", str(options.seed), "--files", *files)
+    common += ("--percent", str(percent), "--seed", str(options.seed), "--files", *files, "--parts", str(options.parts))
     budget = ("--max_tokens_per_batch", str(options.max_tokens_per_batch))
     sorted_budget = ("--max_tokens", str(sorted_tokens(options)))
     module = "benchmarks.peers"
@@ -224,6 +228,8 @@ def scoring_suite(name: str, options: Options) -> Suite:
     data = "RewardBench-style rows" if name == "scoring-rewardbench" else "the bias files"
     inputs = (_weights(options.model_path), *(f"{Path(file).name} {file_sha256(file)}" for file in files))
     title = f"Scoring {percent:g} % of the questions of {data}, {precision}"
+    if options.parts > 1:
+        runs = [run if run.name == GEMM else replace(run, in_parts=True) for run in runs]
     return Suite(name, title, "scoring", precision, tuple(runs), ("original_loop", "pipeline"), inputs)
 
 

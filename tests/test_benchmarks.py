@@ -137,6 +137,43 @@ def test_every_scoring_peer_gives_the_lone_scores_on_the_same_texts(
     assert len({lines[name]["useful_flops"] for name in peers if name.startswith("ours")}) == 1
 
 
+@pytest.mark.parametrize(
+    ("main", "task"),
+    [
+        (original_loop.main, ["score"]),
+        (sorted_padded.main, ["score"]),
+        (pipeline_scoring.main, []),
+        (ours.main, ["score"]),
+    ],
+    ids=["original_loop", "sorted_padded", "pipeline", "ours"],
+)
+def test_the_parts_of_a_scoring_run_make_up_the_whole(
+    main: Callable[[list[str]], int], task: list[str], model_dir: Path, line_of: Callable[..., Line], tmp_path: Path
+) -> None:
+    expected = lone_scores(model_dir, rows.read_texts(SCORED, percent=PERCENT))
+    budget = {ours.main: ["--max_tokens_per_batch", 1024], sorted_padded.main: ["--max_tokens", 1024]}.get(main, [])
+    options = [*task, "--model_path", model_dir, "--percent", PERCENT, "--device", "cpu", "--files", *SCORED, *budget]
+    whole = line_of(main, *options)
+    lines, found = [], []
+    for part in range(2):
+        scores_file = tmp_path / f"{part}.json"
+        lines.append(line_of(main, *options, "--parts", 2, "--part", part, "--scores_file", scores_file))
+        scores = json.loads(scores_file.read_text())
+        assert 0 < len(scores) == lines[part]["part_n_texts"] < len(expected)
+        found += scores
+    torch.testing.assert_close(torch.tensor(sorted(found)), torch.tensor(sorted(expected)), atol=1e-4, rtol=0)
+    assert sum(line["part_share"] for line in lines) == pytest.approx(1)
+    for line in lines:
+        assert line["n_computed_tokens"] == whole["n_computed_tokens"] and line["n_texts"] == len(expected)
+        # A part is computed in the batches of the whole plan; what is sorted again may fill them a little better.
+        planned = line["part_share"] * whole["n_computed_tokens"]
+        assert 0.85 * planned <= line["part_n_computed_tokens"] <= 1.02 * planned
+        assert line["seconds"] == pytest.approx(line["part_seconds"] / line["part_share"])
+        assert line["texts_per_second"] == pytest.approx(len(expected) / line["seconds"])
+    with pytest.raises(ContrastRMError, match=r"no part 2 of 2"):
+        main([str(option) for option in [*options, "--parts", 2, "--part", 2]])
+
+
 def test_reduced_precision_scores_are_near(model_dir: Path, line_of: Callable[..., Line], tmp_path: Path) -> None:
     texts = rows.read_texts(SCORED[:1], percent=PERCENT)
     expected = torch.tensor(lone_scores(model_dir, texts))
@@ -485,6 +522,46 @@ def test_a_suite_runs_every_peer_once_a_round_and_writes_its_table(compared: tup
     assert not any(
         str(place) in path.read_text() for path in (folder / "results").iterdir() for place in (REPO_ROOT, folder)
     )
+
+
+def test_a_suite_in_parts_goes_on_with_the_next_part(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [
+        "--model_path",
+        model_dir,
+        "--device",
+        "cpu",
+        "--threads",
+        1,
+        "--parts",
+        2,
+        "--max_tokens_per_batch",
+        512,
+    ]
+    options += ["--files", EVAL / "length_bias.jsonl", "--percent", 30, "--output_dir", tmp_path]
+    options += ["--results_dir", tmp_path, "--peers", "original_loop", "ours.shared", "ours.profiled"]
+    arguments = ["scoring-bf16", *map(str, options)]
+    for rounds in ("1", "2"):
+        assert speed.main([*arguments, "--rounds", rounds]) == 0
+        table = (tmp_path / "scoring-bf16.md").read_text()
+        assert f"{rounds} of 2 parts: every round computed other batches" in table
+        # Half of the texts has a mean of its own.
+        cells = next(line for line in table.splitlines() if line.startswith("| original loop")).split("|")
+        assert (cells[-2].strip() == "–") == (rounds == "1")
+    lines = speed.read_lines(tmp_path / "scoring-bf16.jsonl")
+    assert [(line["run"], line["part"]) for line in lines] == [
+        (name, part) for part in (0, 1) for name in ("original_loop", "ours.shared", "ours.profiled")
+    ]
+    for name in ("original_loop", "ours.shared"):
+        mine = [line for line in lines if line["run"] == name]
+        assert sum(line["part_n_texts"] for line in mine) == mine[0]["n_texts"]
+        assert len({line["n_computed_tokens"] for line in mine}) == 1
+    profiled = [line for line in lines if line["run"] == "ours.profiled"]
+    for line in profiled:
+        assert sum(line["seconds_by_kind"].values()) == pytest.approx(line["part_seconds"], rel=0.1)
+    with pytest.raises(ContrastRMError, match=r"--rounds 3: there are only 2 parts"):
+        speed.main([*arguments, "--rounds", "3"])
 
 
 def test_a_training_profile_knows_the_optimizer(

@@ -13,7 +13,15 @@ from functools import partial
 
 import torch
 
-from benchmarks.padded import PlainModel, Step, TokenGroup, build_padded_parser, run_scoring, run_training
+from benchmarks.padded import (
+    PlainModel,
+    Step,
+    TokenGroup,
+    build_padded_parser,
+    in_order,
+    run_scoring,
+    run_training,
+)
 from codes.common.cli import positive, run
 
 
@@ -27,10 +35,10 @@ def batches_in_file_order(
     plain: PlainModel, rendered: Sequence[str], batch_size: int
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
     """So many texts at a time, tokenised and padded as one batch."""
-    for start in range(0, len(rendered), batch_size):
-        texts = list(rendered[start : start + batch_size])
+    for positions in in_order(rendered, batch_size):
+        texts = [rendered[index] for index in positions]
         batch = plain.tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt").to(plain.device)
-        yield list(range(start, start + len(texts))), batch
+        yield list(positions), batch
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
         run_training("original_loop", split, **options, micro_batch_size=size)
     else:
         batch_size = options["batch_size"]
-        run_scoring("original_loop", partial(batches_in_file_order, batch_size=batch_size), **options)
+        batches, plan = (partial(way, batch_size=batch_size) for way in (batches_in_file_order, in_order))
+        run_scoring("original_loop", batches, plan, **options)
     return 0
 
 

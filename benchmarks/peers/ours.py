@@ -31,8 +31,9 @@ from benchmarks.common import (
     write_line,
 )
 from benchmarks.padded import add_scoring_arguments, read_asked_texts, scoring_fields
+from benchmarks.parts import choose_part
 from benchmarks.profiling import Profile
-from codes.common.chat import ChatFormatter
+from codes.common.chat import ChatFormatter, EncodedText
 from codes.common.cli import natural, run
 from codes.common.errors import ContrastRMError
 from codes.common.packing import Pack, build_pack, plan_packs
@@ -260,6 +261,8 @@ def run_scoring(
     percent: float,
     seed: int,
     scores_file: str | None,
+    part: int,
+    parts: int,
     packing: str,
     max_tokens_per_batch: int,
     profile: int,
@@ -276,25 +279,36 @@ def run_scoring(
     model, tokenizer = load_reward_model(model_path, dtype=precision, device=place)
     formatter = ChatFormatter(tokenizer)
     scorer = Scorer(model, formatter, packing=packing, max_tokens_per_batch=max_tokens_per_batch)
+    encoded = formatter.encode(texts.conversations)
+    distinct = list(dict.fromkeys(encoded))
+    plan = plan_packs([text.input_ids for text in distinct], scorer.max_tokens_per_batch)
+    packs = [build_pack([distinct[index].input_ids for index in batch]) for batch in plan]
+    positions: dict[EncodedText, list[int]] = {}
+    for position, text in enumerate(encoded):
+        positions.setdefault(text, []).append(position)
+    mine = choose_part(
+        [[place for index in batch for place in positions[distinct[index]]] for batch in plan],
+        [pack.layout.n_tokens for pack in packs],
+        part=part,
+        parts=parts,
+        seed=seed,
+    )
+    conversations = [texts.conversations[index] for index in mine.positions]
     scorer.score(texts.conversations[:1])  # the first call sets things up
     memory = PeakMemory(place)
     memory.reset()
     with Profile(bool(profile), place) as profiled:
         begin = now(place)
-        found = scorer.score(texts.conversations)
+        found = scorer.score(conversations)
         seconds = now(place) - begin
     peak = memory.fields()
-    encoded = formatter.encode(texts.conversations)
-    distinct = [text.input_ids for text in dict.fromkeys(encoded)]
-    plan = plan_packs(distinct, scorer.max_tokens_per_batch)
-    useful = packs_flops(model_path, (build_pack([distinct[index] for index in pack]) for pack in plan))
     result = {
         "scores": found.scores.tolist(),
         "seconds": seconds,
         "n_computed_tokens": found.n_computed_tokens,
         "n_distinct_tokens": found.n_tokens,
         **peak,
-        **flops_fields(useful, seconds),
+        **flops_fields(packs_flops(model_path, packs), seconds / mine.share),
     }
     fields = {
         "peer": "ours",
@@ -302,7 +316,7 @@ def run_scoring(
         "device": str(place),
         "packing": scorer.packing,
         "max_tokens_per_batch": scorer.max_tokens_per_batch,
-        **scoring_fields(result, texts, sum(len(text.input_ids) for text in encoded), scores_file),
+        **scoring_fields(result, texts, sum(len(text.input_ids) for text in encoded), scores_file, mine),
         **profiled.fields(seconds),
     }
     write_line(fields | model_fields(model_path), output_file)

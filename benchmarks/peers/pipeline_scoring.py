@@ -7,20 +7,27 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from transformers import pipeline
 
 from benchmarks.common import PeakMemory, model_fields, now, write_line
-from benchmarks.padded import PlainModel, add_scoring_arguments, load_plain_model, read_asked_texts, scoring_fields
+from benchmarks.padded import (
+    PlainModel,
+    add_scoring_arguments,
+    choose_padded_part,
+    in_order,
+    load_plain_model,
+    read_asked_texts,
+    scoring_fields,
+)
 from codes.common.chat import Conversation
 from codes.common.cli import positive, run
 
 
-def score_with_pipeline(
-    plain: PlainModel, conversations: Sequence[Conversation], batch_size: int
-) -> tuple[dict[str, Any], int]:
-    """Scores, seconds, computed tokens and peak memory as the padded peers give them; and the number of real tokens."""
+def score_with_pipeline(plain: PlainModel, conversations: Sequence[Conversation], batch_size: int) -> dict[str, Any]:
+    """Scores, seconds, computed tokens and peak memory as the padded peers give them."""
     classifier = pipeline("text-classification", model=plain.model, tokenizer=plain.tokenizer, device=plain.device)
     # The template has written BOS already.
     settings = {"function_to_apply": "none", "add_special_tokens": False}
@@ -33,13 +40,13 @@ def score_with_pipeline(
         seconds = now(plain.device) - begin
     peak = memory.fields()
     lengths = [len(row) for row in plain.tokenize(plain.render(conversations))]
-    batches = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
+    batches = [[lengths[index] for index in batch] for batch in in_order(lengths, batch_size)]
     result = {
         "scores": [one["score"] for one in found],
         "seconds": seconds,
         "n_computed_tokens": sum(len(batch) * max(batch) for batch in batches),
     }
-    return result | peak, sum(lengths)
+    return result | peak
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,13 +57,17 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     texts = read_asked_texts(args.files, args.percent, args.seed)
     plain = load_plain_model(args.model_path, precision=args.precision, device=args.device)
-    result, n_tokens = score_with_pipeline(plain, texts.conversations, args.batch_size)
+    plan = partial(in_order, batch_size=args.batch_size)
+    mine = choose_padded_part(plain, texts.conversations, plan, part=args.part, parts=args.parts, seed=args.seed)
+    conversations = [texts.conversations[index] for index in mine.positions]
+    result = score_with_pipeline(plain, conversations, args.batch_size)
+    n_tokens = sum(map(len, plain.tokenize(plain.render(texts.conversations))))
     fields = {
         "peer": "pipeline_scoring",
         "precision": args.precision,
         "device": str(plain.device),
         "batch_size": args.batch_size,
-        **scoring_fields(result, texts, n_tokens, args.scores_file),
+        **scoring_fields(result, texts, n_tokens, args.scores_file, mine),
     }
     write_line(fields | model_fields(args.model_path), args.output_file)
     return 0
