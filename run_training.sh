@@ -69,6 +69,7 @@ LORA_DROPOUT="${LORA_DROPOUT:-0}"
 LORA_TARGET_MODULES="${LORA_TARGET_MODULES:-all-linear}" # all-linear | q_proj,v_proj
 MERGE_LORA="${MERGE_LORA:-1}"                      # 0: save the adapter alone
 TORCH_COMPILE="${TORCH_COMPILE:-0}"                # GPU, with PACKING=off
+FUSED_KERNELS="${FUSED_KERNELS:-auto}"             # auto (on CUDA, those of liger-kernel if it is installed) | off
 REWARD_STATS_GROUPS="${REWARD_STATS_GROUPS:-256}"  # training groups that give reward_mean and reward_std
 ATTN_IMPLEMENTATION="${ATTN_IMPLEMENTATION:-auto}" # auto | sdpa | eager | flash_attention_2
 # Seen while training (README: "See what is learned")
@@ -157,4 +158,5 @@ fi
   --logging_steps "$LOGGING_STEPS" --limit "$LIMIT" --max_bad_rows "$MAX_BAD_ROWS" \
   --lora_rank "$LORA_RANK" --lora_alpha "$LORA_ALPHA" --lora_dropout "$LORA_DROPOUT" \
   --lora_target_modules "$LORA_TARGET_MODULES" --merge_lora "$MERGE_LORA" --torch_compile "$TORCH_COMPILE" \
+  --fused_kernels "$FUSED_KERNELS" \
   --reward_stats_groups "$REWARD_STATS_GROUPS" --attn_implementation "$ATTN_IMPLEMENTATION" "$@"

@@ -35,6 +35,13 @@ from transformers.utils import logging as transformers_logging
 from codes.common.base_model import resolve_model_path
 from codes.common.chat import last_token_ids
 from codes.common.errors import ContrastRMError
+from codes.common.fused import (
+    few_layers_on,
+    install_fused_kernels,
+    kernel_failures,
+    remember_modules,
+    why_not_fusable,
+)
 from codes.common.packed_attention import FLEX_BLOCK, install_packed_attention, narrowed_windows, why_not_packable
 from codes.common.packing import PackLayout, build_pack
 from codes.common.records import ensure_writable_folder
@@ -179,6 +186,51 @@ class RewardModel(nn.Module):
         allowed = PROBE_TOLERANCE if weight.dtype in (torch.float32, torch.float64) else PROBE_TOLERANCE_HALF
         return None if error <= allowed else f"a probe pack differs from its texts alone (relative error {error:.1e})"
 
+    def enable_fused_kernels(self, device: torch.device, *, gradients: bool) -> str | None:
+        """Compute norms and MLPs with fused kernels, if they give what the model gives without them.
+
+        Args:
+            device: Where the model will compute; it need not be there yet, but computes nowhere else from now on.
+            gradients: Compare gradients too: the model will be trained.
+
+        Returns:
+            None, or why not: then the model is as it was.
+        """
+        if not self.pools_last_token or not isinstance(getattr(self.backbone, "layers", None), nn.ModuleList):
+            return "it is not a decoder with a score head"
+        reason = why_not_fusable(self.backbone)
+        if reason is not None:
+            return reason
+        restore = remember_modules(self.backbone)
+        reason = "interrupted"
+        try:
+            expected = self._probe_layers(device, gradients)
+            install_fused_kernels(self.backbone)
+            reason = _difference(self._probe_layers(device, gradients), expected)
+        except kernel_failures() as failure:
+            reason = f"a probe fails in them: {str(failure).strip().partition(chr(10))[0] or type(failure).__name__}"
+        finally:
+            if reason is not None:
+                restore()
+        return reason
+
+    def _probe_layers(self, device: torch.device, gradients: bool) -> list[torch.Tensor]:
+        """Pooled hidden states of a padded batch in a few layers, and the gradients of these layers' trained weights."""
+        vocabulary = int(self.backbone.get_input_embeddings().weight.shape[0])
+        generator = torch.Generator().manual_seed(0)
+        lengths = torch.tensor([12, 9, 5, 1])
+        ids = torch.randint(0, vocabulary, (4, 12), generator=generator).to(device)
+        mask = (torch.arange(12) < lengths[:, None]).long().to(device)
+        with few_layers_on(self.backbone, device):
+            trained = [weight for weight in self.backbone.layers.parameters() if weight.requires_grad]
+            with torch.enable_grad() if gradients else torch.no_grad():
+                pooled = self._pooled(ids, mask)
+                if not gradients or not trained:
+                    return [pooled.detach()]
+                direction = torch.randn(pooled.shape, generator=generator).to(pooled)
+                found = torch.autograd.grad((pooled * direction).sum(), trained, allow_unused=True)
+                return [pooled.detach(), *(gradient for gradient in found if gradient is not None)]
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -238,6 +290,19 @@ class RewardModel(nn.Module):
         last = (attention_mask * steps).argmax(dim=-1)
         pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
         return pooled
+
+
+def _difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> str | None:
+    """None where a probe's hidden states and gradients agree, or by how much they do not."""
+    largest = max((float(tensor.double().norm()) for tensor in expected[1:]), default=0.0)
+    error = 0.0
+    for index, (one, other) in enumerate(zip(found, expected, strict=True)):
+        # A gradient that is next to nothing (a key's bias) is rounding alone.
+        scale = max(float(other.double().norm()), 0.1 * largest if index else 0.0, 1e-12)
+        difference = float((one.double() - other.double()).norm()) / scale
+        error = max(error, difference if math.isfinite(difference) else math.inf)
+    allowed = PROBE_TOLERANCE if expected[0].dtype in (torch.float32, torch.float64) else PROBE_TOLERANCE_HALF
+    return None if error <= allowed else f"a probe differs from the model without them (relative error {error:.1e})"
 
 
 def _use_float32_head(classifier: PreTrainedModel) -> None:

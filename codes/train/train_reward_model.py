@@ -26,6 +26,7 @@ from codes.common.base_model import resolve_model_path
 from codes.common.chat import OVERLENGTH_POLICIES, ChatFormatter
 from codes.common.cli import EXIT_STOPPED, natural, non_negative_float, positive, positive_float, run
 from codes.common.errors import ContrastRMError
+from codes.common.fused import FUSED_KERNELS, resolve_fused_kernels
 from codes.common.records import ensure_writable_folder, write_json, write_jsonl
 from codes.common.scoring import PACKINGS, Scorer, resolve_packing
 from codes.train.best_checkpoint import BEST_FILE, BestFolder, add_best_checkpoint_arguments, resolve_ranking
@@ -130,6 +131,7 @@ def train(
     lora_target_modules: str = "all-linear",
     merge_lora: bool = True,
     torch_compile: bool = False,
+    fused_kernels: str = "auto",
     reward_stats_groups: int = 256,
     held_out_share: float | str = 0,
     eval_file: str = "",
@@ -265,6 +267,10 @@ def train(
             gradient_checkpointing=gradient_checkpointing,
         )
         max_tokens_per_batch = smallest_of_ranks(accelerator, fits)
+    # After everything that computes with the model on the CPU, where these kernels do not run. Compiled code fuses by itself.
+    fused_kernels = resolve_fused_kernels(
+        model, "off" if torch_compile else fused_kernels, accelerator.device, gradients=True
+    )
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
     micro_steps = count_micro_steps(
@@ -400,7 +406,8 @@ def train(
         BestFolder(folder).keep_only()
     if accelerator.is_main_process:
         remove_unfinished(folder)
-        write_json(folder / "train_args.json", arguments | {"resolved_precision": precision, "world_size": world_size})
+        resolved = {"resolved_precision": precision, "resolved_fused_kernels": fused_kernels, "world_size": world_size}
+        write_json(folder / "train_args.json", arguments | resolved)
         if held_out_records is not None:
             write_jsonl(folder / HELD_OUT_FILE, (record.to_row() for record in held_out_records.records))
         trackers.start(first_step=trainer.step + 1 if checkpoint is not None else 0, config=arguments)
@@ -544,6 +551,12 @@ def add_product_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of what is saved, and of how the model is run."""
     group = parser.add_argument_group("model")
     group.add_argument("--torch_compile", type=int, choices=(0, 1), default=0, help="on a GPU, with --packing off")
+    group.add_argument(
+        "--fused_kernels",
+        choices=FUSED_KERNELS,
+        default="auto",
+        help="auto: on CUDA, those of liger-kernel if installed",
+    )
     group.add_argument(
         "--reward_stats_groups", type=natural, default=256, help="groups that give reward_mean and reward_std; 0: none"
     )
