@@ -184,6 +184,21 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, fingerprint: Map
     return state
 
 
+def recorded_budget(checkpoint: Path | None, made_for: Mapping[str, Any]) -> int:
+    """The token budget that the run which wrote a checkpoint chose by itself, under the same circumstances.
+
+    Args:
+        made_for: What the budget depends on and a resume may change; JSON.
+
+    Returns:
+        0: none is recorded (one was set, say), or it was chosen for something else.
+    """
+    if checkpoint is None:
+        return 0
+    found = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")).get("token_budget") or {}
+    return int(found["tokens"]) if found.get("made_for") == made_for else 0
+
+
 def check_same_run(what: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Refuse to continue what belongs to another run.
 

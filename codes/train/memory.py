@@ -1,8 +1,8 @@
 """How many tokens fit into a device's memory while training.
 
 What a forward pass keeps for its backward pass is measured on the model itself, before it is moved or split; what weights,
-gradients and optimizer hold follows from the engine. The heaviest micro-batch of a step is computed first, so that an estimate
-that was too high shows at the first step.
+gradients and optimizer hold follows from the engine. On a GPU ``codes.train.trial`` tries what is estimated here before training
+starts. The heaviest micro-batch of a step is computed first, so that a budget that was set too high shows at the first step.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from codes.train.reward_model import RewardModel
 PROBE_TOKENS = 64
 # The share of a device that is planned with; the rest is for temporaries of the backward pass and for fragmentation.
 PLANNED_SHARE = 0.75
+# A micro-batch of fewer tokens is not worth a device.
+LEAST_TOKENS = 256
 # Beyond this no device gets faster.
 MOST_TOKENS = 65536
 # ZeRO-3 holds so many gathered parameters at a time (stage3_max_live_parameters of the shipped configuration).
@@ -157,6 +159,27 @@ def device_bytes(device: torch.device) -> int:
     return kilobytes * 1024 // processes
 
 
+def training_state_bytes(model: RewardModel, *, precision: str, world_size: int) -> float:
+    """``state_bytes`` of a model under the launcher's engine."""
+    return state_bytes(
+        sum(parameter.numel() for parameter in model.parameters()),
+        zero_stage=zero_stage(),
+        precision=precision,
+        world_size=world_size,
+        n_trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        offload=offloaded(),
+    )
+
+
+def nothing_fits(states: float, memory: float, device: torch.device, what: str) -> ContrastRMError:
+    """The error of a device that has no room beside the training state; ``what`` does not fit."""
+    return ContrastRMError(
+        f"the training state takes {states / 2**30:.1f} GiB of the {memory / 2**30:.1f} GiB of {device}, "
+        f"and {what}. Use ZeRO-3 over more devices, "
+        "--lora_rank 16, --gradient_checkpointing 1, or set --max_tokens_per_batch to try all the same"
+    )
+
+
 def choose_token_budget(
     model: RewardModel,
     device: torch.device,
@@ -174,25 +197,13 @@ def choose_token_budget(
     Raises:
         ContrastRMError: Not even a few hundred fit.
     """
-    n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    states = state_bytes(
-        n_parameters,
-        zero_stage=zero_stage(),
-        precision=precision,
-        world_size=world_size,
-        n_trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        offload=offloaded(),
-    )
+    states = training_state_bytes(model, precision=precision, world_size=world_size)
     per_token = activation_bytes_per_token(model, gradient_checkpointing=gradient_checkpointing)
     memory = device_bytes(device) if memory is None else memory
     room = PLANNED_SHARE * memory - states
     fits = int(room / per_token)
-    if fits < 256:
-        raise ContrastRMError(
-            f"the training state takes {states / 2**30:.1f} GiB of the {memory / 2**30:.1f} GiB of {device}, "
-            f"and a token {per_token / 2**20:.1f} MiB: nothing fits beside it. Use ZeRO-3 over more devices, "
-            "--lora_rank 16, --gradient_checkpointing 1, or set --max_tokens_per_batch to try all the same"
-        )
+    if fits < LEAST_TOKENS:
+        raise nothing_fits(states, memory, device, f"a token {per_token / 2**20:.1f} MiB: nothing fits beside it")
     # A CPU is not faster with more than its default.
     most = default_token_budget(device) if device.type == "cpu" else MOST_TOKENS
     return min(most, fits)

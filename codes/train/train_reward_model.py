@@ -36,6 +36,7 @@ from codes.train.checkpoints import (
     engine_fingerprint,
     hold_folder,
     is_finished,
+    recorded_budget,
     remove_unfinished,
 )
 from codes.train.contamination import CONTAMINATION_FILE, check_contamination, expand_files
@@ -64,7 +65,7 @@ from codes.train.held_out import (
     split_questions,
 )
 from codes.train.lora import ADAPTER_FOLDER, add_lora_arguments, lora_settings, trained_share
-from codes.train.memory import choose_token_budget, zero_config
+from codes.train.memory import choose_token_budget, device_bytes, training_state_bytes, zero_config
 from codes.train.model_card import model_card, training_summary
 from codes.train.objective import MODES, Objective, add_objective_arguments, take_objective
 from codes.train.plots import draw_training_curves
@@ -75,6 +76,7 @@ from codes.train.sources import parse_sources
 from codes.train.tracking import Trackers, add_tracking_arguments, check_trackers
 from codes.train.trainer import LOG_FILE, Schedule, Trainer, warmup_in_force
 from codes.train.training_data import add_data_arguments, describe_data, open_training_data
+from codes.train.trial import try_token_budget
 from codes.train.watch import EVAL_LOG_FILE, Watch, add_watch_arguments, held_out_summary, resolve_eval_steps
 
 # What the data and its computed tokens depend on.
@@ -143,11 +145,14 @@ def train(
     early_stopping_patience: int = 0,
     report_to: Sequence[str] = (),
     stop: StopSignals | None = None,
+    try_budget: bool | None = None,
 ) -> Path:
     """Train and save; the arguments are the command line's (``--help``).
 
     Args:
         stop: Where a request to stop is noted.
+        try_budget: Whether a token budget that is chosen here is tried first; None: on a GPU (on a CPU it is a cache's size, and
+            a trial takes as long as a step).
 
     Returns:
         The folder of the finished model.
@@ -156,7 +161,8 @@ def train(
         ContrastRMError: Anything that the user can mend.
         RunStopped: As asked; a checkpoint holds everything.
     """
-    arguments = {key: value for key, value in locals().items() if key not in ("objective", "stop")} | asdict(objective)
+    not_flags = ("objective", "stop", "try_budget")
+    arguments = {key: value for key, value in locals().items() if key not in not_flags} | asdict(objective)
     started = time.perf_counter()
     folder = ensure_writable_folder(output_dir)
     check_model_is_elsewhere(model_path, folder)
@@ -258,21 +264,77 @@ def train(
             f"the launcher started {world_size} processes, accelerate sees {accelerator.num_processes}; "
             "start with bash run_training.sh"
         )
-    if not max_tokens_per_batch:
-        fits = choose_token_budget(
+    fingerprint = {
+        **data.fingerprint(),
+        "model_path": model_path,
+        "overlength": overlength,
+        "negatives": negatives,
+        "max_rejected": max_rejected,
+        **asdict(objective),
+        "global_batch_size": global_batch_size,
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+        "warmup_steps": schedule.warmup_steps,
+        "total_steps": total_steps,
+        "max_grad_norm": max_grad_norm,
+        "precision": precision,
+        # Their checkpoints hold more than the others'.
+        "master_weights": master_weights,
+        "seed": seed,
+        "lora": None if lora is None else [lora.rank, lora.alpha, lora.dropout, lora.target_modules],
+        "held_out": None if held_out is None else held_out.digest,
+        "metric_for_best": None if ranking is None else ranking.metric,
+        **engine_fingerprint(accelerator),
+    }
+    if resume == "auto" and is_finished(folder, fingerprint):
+        if accelerator.is_main_process:
+            print(
+                f"{folder} holds the finished model of this run ({total_steps} steps): nothing left to train",
+                flush=True,
+            )
+        accelerator.end_training()
+        return folder
+    checkpoint = choose_checkpoint(accelerator, resume, folder)
+    is_automatic, device = not max_tokens_per_batch, accelerator.device
+    if is_automatic:
+        max_tokens_per_batch = choose_token_budget(
             model,
-            training_device(),
+            device,
             precision=precision,
             world_size=world_size,
             gradient_checkpointing=gradient_checkpointing,
         )
-        max_tokens_per_batch = smallest_of_ranks(accelerator, fits)
     # After everything that computes with the model on the CPU, where these kernels do not run. Compiled code fuses by itself.
-    fused_kernels = resolve_fused_kernels(
-        model, "off" if torch_compile else fused_kernels, accelerator.device, gradients=True
-    )
+    fused_kernels = resolve_fused_kernels(model, "off" if torch_compile else fused_kernels, device, gradients=True)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    made_for = {
+        "packing": packing,
+        "fused_kernels": fused_kernels,
+        "micro_batch_size": micro_batch_size,
+        "gradient_checkpointing": gradient_checkpointing,
+        "attn_implementation": attn_implementation,
+        "world_size": world_size,
+        "device_bytes": device_bytes(device),
+        "state_bytes": training_state_bytes(model, precision=precision, world_size=world_size),
+    }
+    if is_automatic:
+        if recorded := recorded_budget(checkpoint, made_for):
+            max_tokens_per_batch = recorded
+        elif device.type == "cuda" if try_budget is None else try_budget:
+            max_tokens_per_batch = try_token_budget(
+                model,
+                draws,
+                device,
+                budget=max_tokens_per_batch,
+                precision=precision,
+                world_size=world_size,
+                packing=packing,
+                micro_batch_size=micro_batch_size,
+                objective=objective,
+                pad_id=tokenizer.pad_token_id,
+            )
+        max_tokens_per_batch = smallest_of_ranks(accelerator, max_tokens_per_batch)
     micro_steps = count_micro_steps(
         draws.plan,
         costs,
@@ -330,31 +392,11 @@ def train(
         save_steps=save_steps,
         keep_checkpoints=keep_checkpoints,
         logging_steps=logging_steps,
-        fingerprint={
-            **data.fingerprint(),
-            "model_path": model_path,
-            "overlength": overlength,
-            "negatives": negatives,
-            "max_rejected": max_rejected,
-            **asdict(objective),
-            "global_batch_size": global_batch_size,
-            "learning_rate": learning_rate,
-            "weight_decay": weight_decay,
-            "warmup_steps": schedule.warmup_steps,
-            "total_steps": total_steps,
-            "max_grad_norm": max_grad_norm,
-            "precision": precision,
-            # Their checkpoints hold more than the others'.
-            "master_weights": master_weights,
-            "seed": seed,
-            "lora": None if lora is None else [lora.rank, lora.alpha, lora.dropout, lora.target_modules],
-            "held_out": None if held_out is None else held_out.digest,
-            "metric_for_best": None if ranking is None else ranking.metric,
-            **engine_fingerprint(accelerator),
-        },
+        fingerprint=fingerprint,
         save_minutes=save_minutes,
         stop=stop,
         trackers=trackers,
+        token_budget={"tokens": max_tokens_per_batch, "made_for": made_for} if is_automatic else None,
     )
     plain: Any = accelerator.unwrap_model(prepared_model)
 
@@ -387,15 +429,6 @@ def train(
             trackers=trackers,
         )
         trainer.watch_with(watch)
-    if resume == "auto" and is_finished(folder, trainer.fingerprint):
-        if accelerator.is_main_process:
-            print(
-                f"{folder} holds the finished model of this run ({total_steps} steps): nothing left to train",
-                flush=True,
-            )
-        accelerator.end_training()
-        return folder
-    checkpoint = choose_checkpoint(accelerator, resume, folder)
     if checkpoint is not None:
         trainer.load_checkpoint(checkpoint)
     elif accelerator.is_main_process:

@@ -79,6 +79,7 @@ class Trainer:
         save_minutes: A checkpoint at least this often; 0: not by time.
         stop: Where a request to stop is noted.
         trackers: Are told what the log is told.
+        token_budget: What checkpoints record of a budget that was chosen by itself; JSON.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Trainer:
         save_minutes: float = 0.0,
         stop: StopSignals | None = None,
         trackers: Trackers | None = None,
+        token_budget: Mapping[str, Any] | None = None,
     ) -> None:
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
         self.groups, self.objective, self.schedule = groups, objective, schedule
@@ -119,7 +121,7 @@ class Trainer:
         self.logging_steps, self.max_tokens_per_batch = logging_steps, max_tokens_per_batch
         self.n_tokens = np.array([group.n_tokens for group in groups] if n_tokens is None else n_tokens)
         self.steps_per_epoch = steps_per_epoch or math.ceil(len(groups) / global_batch_size)
-        self.fingerprint = dict(fingerprint)
+        self.fingerprint, self.token_budget = dict(fingerprint), token_budget
         self.log: list[dict[str, Any]] = []
         self.step = 0
         self.parts: dict[str, Stateful] = {}
@@ -236,7 +238,15 @@ class Trainer:
         step_tokens = self._tokens_of(step_groups)
         for position, batch in enumerate(batches):
             with accelerator.accumulate(self.model):
-                scores, losses, weights, group_sizes = self._forward(batch)
+                scores, losses, weights, group_sizes = forward_batch(
+                    self.model,
+                    self.groups,
+                    batch,
+                    objective=self.objective,
+                    packing=self.packing,
+                    pad_id=self.pad_id,
+                    device=accelerator.device,
+                )
                 accelerator.backward((losses * weights).sum() * scale)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self._trained(), self.max_grad_norm)
@@ -310,19 +320,6 @@ class Trainer:
     def _names(self, step_groups: Sequence[int]) -> str:
         return ", ".join(self.groups[index].record_id for index in step_groups[:8])
 
-    def _forward(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        groups = [self.groups[index] for index in batch.groups]
-        device = self.accelerator.device
-        if self.packing == "off":
-            inputs, group_sizes, weights = collate_groups(groups, batch.weights, self.pad_id)
-            scores = self.model(**{key: value.to(device, non_blocking=True) for key, value in inputs.items()})
-        else:
-            pack = pack_groups(groups, share=self.packing == "shared", on_gpu=device.type == "cuda").to(device)
-            group_sizes, weights = group_tensors(groups, batch.weights)
-            scores = self.model(pack.input_ids, layout=pack.layout, ends=pack.ends)
-        losses = self.objective.group_losses(scores.float(), group_sizes, groups)
-        return scores, losses, weights.to(device, non_blocking=True), group_sizes
-
     def _write_log(self, entry: dict[str, Any]) -> None:
         self.log.append(entry)
         if self.accelerator.is_main_process and (self.step % self.logging_steps == 0 or self.step == 1):
@@ -342,7 +339,7 @@ class Trainer:
             self.accelerator,
             self.output_dir,
             step=self.step,
-            state={"fingerprint": self.fingerprint} | self.state_dict(),
+            state={"fingerprint": self.fingerprint, "token_budget": self.token_budget} | self.state_dict(),
             keep_checkpoints=self.keep_checkpoints,
         )
         self.saved_step, self._saved_at = self.step, time.monotonic()
@@ -376,6 +373,29 @@ class Trainer:
                 if entry["step"] % self.logging_steps == 0 or entry["step"] == 1
             ]
             write_text(self.output_dir / LOG_FILE, "".join(lines))
+
+
+def forward_batch(
+    model: Callable[..., torch.Tensor],
+    all_groups: Sequence[Group],
+    batch: MicroBatch,
+    *,
+    objective: Objective,
+    packing: str,
+    pad_id: int,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scores ``(N,)``, losses ``(G,)``, weights ``(G,)`` and group sizes ``(G,)`` of a micro-batch."""
+    groups = [all_groups[index] for index in batch.groups]
+    if packing == "off":
+        inputs, group_sizes, weights = collate_groups(groups, batch.weights, pad_id)
+        scores = model(**{key: value.to(device, non_blocking=True) for key, value in inputs.items()})
+    else:
+        pack = pack_groups(groups, share=packing == "shared", on_gpu=device.type == "cuda").to(device)
+        group_sizes, weights = group_tensors(groups, batch.weights)
+        scores = model(pack.input_ids, layout=pack.layout, ends=pack.ends)
+    losses = objective.group_losses(scores.float(), group_sizes, groups)
+    return scores, losses, weights.to(device, non_blocking=True), group_sizes
 
 
 def _step_sums(

@@ -1,0 +1,204 @@
+"""Whether a token budget fits: the heaviest micro-batch of the plan is computed forward and backward before training starts.
+
+An estimate (``codes.train.memory``) does not know the temporaries of a backward pass, nor what a kernel asks for. Used by
+``python -m codes.train.train_reward_model`` where ``--max_tokens_per_batch`` is 0, on a GPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from codes.train.data_utils import MicroBatch, count_micro_steps, shard_step
+from codes.train.draws import Draws
+from codes.train.memory import LEAST_TOKENS, device_bytes, nothing_fits, training_state_bytes
+from codes.train.objective import Objective
+from codes.train.reward_model import RewardModel
+from codes.train.trainer import forward_batch
+
+# More than ``memory.PLANNED_SHARE``: what was measured has its temporaries in it; the rest is for fragmentation and for the
+# buffers of the engine.
+TRIED_SHARE = 0.9
+
+
+def try_token_budget(
+    model: RewardModel,
+    draws: Draws,
+    device: torch.device,
+    *,
+    budget: int,
+    precision: str,
+    world_size: int,
+    packing: str,
+    micro_batch_size: int,
+    objective: Objective,
+    pad_id: int,
+    memory: int | None = None,
+) -> int:
+    """The budget, or a smaller one, under which the heaviest micro-batch of the plan fits beside the training state.
+
+    Nothing here is collective: each rank tries for itself, all of them the same micro-batch. A model whose whole weights take
+    more than the training state will (ZeRO-3 over many devices) is not tried: it would fail here and fit there. A budget is
+    never raised. On a CPU no peak is known, so that only running out of memory lowers it there.
+
+    Args:
+        model: Not yet prepared, as it will be trained (with its checkpointing switched on). Left as it was.
+        memory: Bytes of the device; None: what it says.
+
+    Raises:
+        ContrastRMError: Not even a few hundred tokens fit, or a group alone does not.
+    """
+    memory = device_bytes(device) if memory is None else memory
+    states = training_state_bytes(model, precision=precision, world_size=world_size)
+    if sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) > states:
+        return budget
+    room = max(0.0, TRIED_SHARE * memory - states)
+    while True:
+        batch, n_tokens = heaviest_batch(
+            draws, packing=packing, max_tokens=budget, micro_batch_size=micro_batch_size, world_size=world_size
+        )
+        peak = _peak_bytes(
+            model, draws, batch, device, precision=precision, packing=packing, objective=objective, pad_id=pad_id
+        )
+        if peak <= room:
+            return budget
+        # The heaviest micro-batch may be far below the budget: the next plan must be another one.
+        budget = lower_budget(min(budget, n_tokens), peak, room)
+        if budget < LEAST_TOKENS or len(batch.groups) == 1:
+            what = f"{len(batch.groups)} group(s) of {n_tokens} tokens that were tried do not fit beside it"
+            raise nothing_fits(states, memory, device, what)
+
+
+def lower_budget(n_tokens: int, peak: float, room: float) -> int:
+    """What to try after ``n_tokens`` took ``peak`` bytes instead of ``room``; infinite: they ran out of memory."""
+    return n_tokens // 2 if math.isinf(peak) else int(n_tokens * room / peak)
+
+
+def heaviest_batch(
+    draws: Draws, *, packing: str, max_tokens: int, micro_batch_size: int, world_size: int
+) -> tuple[MicroBatch, int]:
+    """The micro-batch, of all ranks' and all steps', that computes most tokens (padded ones included), and their number."""
+    costs, by_length = draws.costs(packing), packing == "off"
+    n_batches = world_size * count_micro_steps(
+        draws.plan,
+        costs,
+        max_tokens=max_tokens,
+        micro_batch_size=micro_batch_size,
+        world_size=world_size,
+        by_length=by_length,
+    )
+
+    def computed(batch: MicroBatch) -> int:
+        groups = np.array(batch.groups)
+        if by_length:
+            return int(draws.n_texts[groups].sum()) * int(draws.longest[groups].max())
+        return int(costs[groups].sum())
+
+    # One rank with all the micro-batches of a step: the ranks share the same ones out.
+    batches = (
+        batch
+        for step in draws.plan
+        for batch in shard_step(
+            step,
+            costs,
+            micro_steps=n_batches,
+            rank=0,
+            world_size=1,
+            micro_batch_size=micro_batch_size,
+            by_length=by_length,
+        )
+    )
+    heaviest = max(batches, key=computed)
+    return heaviest, computed(heaviest)
+
+
+def _peak_bytes(model: RewardModel, draws: Draws, batch: MicroBatch, device: torch.device, **options: Any) -> float:
+    """Bytes beside the training state that a forward and backward pass takes at its peak.
+
+    Args:
+        options: As of ``_compute``.
+
+    Returns:
+        Infinite where it ran out of memory; else 0 on a CPU, which does not tell.
+    """
+    try:
+        with _borrowed(model, device):
+            peak = _compute(model, draws, batch, device, **options)
+    except (RuntimeError, MemoryError) as error:
+        # A CPU's allocator has no class of its own for it.
+        if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)):
+            raise
+        peak = math.inf
+    # Outside of the except clause: there the traceback still holds the failed pass's memory.
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return peak
+
+
+def _compute(
+    model: RewardModel,
+    draws: Draws,
+    batch: MicroBatch,
+    device: torch.device,
+    *,
+    precision: str,
+    packing: str,
+    objective: Objective,
+    pad_id: int,
+) -> float:
+    """One micro-batch as ``Trainer.train_step`` computes it; the peak beside what was there before, 0 on a CPU."""
+    on_gpu = device.type == "cuda"
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    # As accelerate wraps it; weights that are loaded in bfloat16 are trained without.
+    is_cast = low is not None and next(model.backbone.parameters()).dtype == torch.float32
+    forward = torch.autocast(device.type, low, enabled=is_cast)(model.forward)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    _, losses, weights, _ = forward_batch(
+        forward, draws, batch, objective=objective, packing=packing, pad_id=pad_id, device=device
+    )
+    (losses * weights).sum().backward()
+    # An error of a kernel that is still running belongs to this trial.
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before if on_gpu else 0.0
+
+
+@contextmanager
+def _borrowed(model: RewardModel, device: torch.device) -> Iterator[None]:
+    """The model on the device and in training mode; afterwards it has its own tensors, mode and random numbers again.
+
+    Gradients are dropped as they are made: the training state that they belong to is counted without being here.
+    """
+
+    def drop(weight: torch.Tensor) -> None:
+        weight.grad = None
+
+    # Its own tensors come back, not copies: files may be mapped into them.
+    weights = [(parameter, parameter.data) for parameter in model.parameters()]
+    buffers = [(part, name, buffer) for part in model.modules() for name, buffer in part._buffers.items()]
+    hooks: list[Any] = []
+    modes = [(part, part.training) for part in model.modules()]
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            model.to(device)
+            hooks += [one.register_post_accumulate_grad_hook(drop) for one, _ in weights if one.requires_grad]
+            model.train()
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, data in weights:
+            parameter.grad, parameter.data = None, data
+        for part, name, buffer in buffers:
+            part._buffers[name] = buffer
+        for part, mode in modes:
+            part.training = mode
