@@ -25,7 +25,9 @@ from benchmarks.common import (
     PeakMemory,
     add_run_arguments,
     add_training_arguments,
+    forward_flops,
     model_fields,
+    model_shape,
     now,
     resolve_device,
     training_fields,
@@ -285,6 +287,7 @@ def in_order(items: Sequence[Any], batch_size: int) -> list[range]:
 
 def choose_padded_part(
     plain: PlainModel,
+    model_path: str | Path,
     conversations: Sequence[Conversation],
     plan: Callable[[Sequence[int]], Sequence[Sequence[int]]],
     *,
@@ -299,8 +302,12 @@ def choose_padded_part(
     """
     lengths = [len(row) for row in plain.tokenize(plain.render(conversations))]
     batches = plan(lengths)
-    costs = [len(batch) * max(lengths[index] for index in batch) for batch in batches]
-    return choose_part(batches, costs, part=part, parts=parts, seed=seed)
+    widths = [max(lengths[index] for index in batch) for batch in batches]
+    n_tokens = [len(batch) * width for batch, width in zip(batches, widths, strict=True)]
+    shape = model_shape(model_path)
+    # A mask of padding is no triangle: every pair is computed.
+    flops = [forward_flops(shape, n, n * width) for n, width in zip(n_tokens, widths, strict=True)]
+    return choose_part(batches, n_tokens, flops, part=part, parts=parts, seed=seed)
 
 
 def scoring_fields(
@@ -424,7 +431,7 @@ def run_scoring(
     """
     texts = read_asked_texts(files, percent, seed)
     plain = load_plain_model(model_path, precision=precision, device=device)
-    mine = choose_padded_part(plain, texts.conversations, plan, part=part, parts=parts, seed=seed)
+    mine = choose_padded_part(plain, model_path, texts.conversations, plan, part=part, parts=parts, seed=seed)
     result = score_texts(
         plain, [texts.conversations[index] for index in mine.positions], lambda rendered: batches(plain, rendered)
     )

@@ -1,8 +1,9 @@
 """Work that is too long for one run, measured part by part.
 
 A peer's batches are dealt out over the parts in a seeded order, whole batches as the peer makes them of all texts. Each part is
-a random sample of the peer's own work, so the seconds of a part, divided by its share of the peer's computed tokens, estimate
-the seconds of the whole; after the last part every batch has been computed once.
+a random sample of the peer's own work, so the seconds of a part, divided by its share of the peer's floating-point operations,
+estimate the seconds of the whole; after the last part every batch has been computed once. Operations, not tokens: attention over
+a padded batch grows with the square of its longest text, and on a CPU it soon takes most of the time.
 Used by the peers that score (``--parts``, ``--part``).
 """
 
@@ -25,7 +26,7 @@ class Part:
     Attributes:
         number, of: Which part, of how many.
         positions: Of its texts among all, ascending.
-        share: Its computed tokens, divided by those of all batches.
+        share: Its floating-point operations, divided by those of all batches.
         n_computed_tokens: Of all batches.
     """
 
@@ -49,12 +50,21 @@ class Part:
         }
 
 
-def choose_part(batches: Sequence[Sequence[int]], costs: Sequence[int], *, part: int, parts: int, seed: int) -> Part:
+def choose_part(
+    batches: Sequence[Sequence[int]],
+    n_tokens: Sequence[int],
+    flops: Sequence[int],
+    *,
+    part: int,
+    parts: int,
+    seed: int,
+) -> Part:
     """Every ``parts``-th batch of a seeded order, from the ``part``-th on.
 
     Args:
         batches: Positions of the texts of each batch.
-        costs: Computed tokens of each batch.
+        n_tokens: Computed tokens of each batch.
+        flops: Operations of its forward pass.
         part: From 0.
 
     Raises:
@@ -64,8 +74,7 @@ def choose_part(batches: Sequence[Sequence[int]], costs: Sequence[int], *, part:
         raise ContrastRMError(f"there is no part {part} of {parts}: {len(batches)} batches, parts count from 0")
     order = sorted(range(len(batches)), key=lambda index: hash_order(seed, str(index)))[part::parts]
     positions = sorted(position for index in order for position in batches[index])
-    total = sum(costs)
-    return Part(part, parts, positions, sum(costs[index] for index in order) / total, total)
+    return Part(part, parts, positions, sum(flops[index] for index in order) / sum(flops), sum(n_tokens))
 
 
 def add_part_arguments(parser: argparse.ArgumentParser) -> None:

@@ -186,7 +186,7 @@ def comparison_notes(
         n_parts = len({line["part"] for line in done})
         notes.append(
             f"{n_parts} of {own['parts']} parts: every round computed other batches, dealt out by a seeded hash, of each "
-            "run's own plan of all texts. A part's seconds by its share of the computed tokens stand for the whole."
+            "run's own plan of all texts. A part's seconds by its share of the floating-point operations stand for the whole."
         )
     if useful is not None:
         notes.append(
@@ -223,8 +223,7 @@ def profile_section(lines: Sequence[Line], scenario: str, gemm: float | None) ->
     per_token = 2 * mine[0]["n_parameters"] * passes
     reached = statistics.median(
         per_token
-        * line["n_computed_tokens"]
-        * line.get("part_share", 1)
+        * line.get("part_n_computed_tokens", line["n_computed_tokens"])
         / line["seconds_by_kind"][MATRIX_MULTIPLICATION]
         / 1e9
         for line in mine

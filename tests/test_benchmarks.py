@@ -163,11 +163,15 @@ def test_the_parts_of_a_scoring_run_make_up_the_whole(
         found += scores
     torch.testing.assert_close(torch.tensor(sorted(found)), torch.tensor(sorted(expected)), atol=1e-4, rtol=0)
     assert sum(line["part_share"] for line in lines) == pytest.approx(1)
+    # A part is computed in the batches of the whole plan; what is sorted again may fill them a little better.
+    computed = sum(line["part_n_computed_tokens"] for line in lines)
+    assert 0.85 * whole["n_computed_tokens"] <= computed <= 1.02 * whole["n_computed_tokens"]
     for line in lines:
         assert line["n_computed_tokens"] == whole["n_computed_tokens"] and line["n_texts"] == len(expected)
-        # A part is computed in the batches of the whole plan; what is sorted again may fill them a little better.
-        planned = line["part_share"] * whole["n_computed_tokens"]
-        assert 0.85 * planned <= line["part_n_computed_tokens"] <= 1.02 * planned
+        # Operations grow a little faster than tokens.
+        assert line["part_share"] == pytest.approx(
+            line["part_n_computed_tokens"] / whole["n_computed_tokens"], rel=0.25
+        )
         assert line["seconds"] == pytest.approx(line["part_seconds"] / line["part_share"])
         assert line["texts_per_second"] == pytest.approx(len(expected) / line["seconds"])
     with pytest.raises(ContrastRMError, match=r"no part 2 of 2"):

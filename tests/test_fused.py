@@ -242,7 +242,7 @@ def _apply_liger_kernel_to_instance(model, rope=True, cross_entropy=True, fused_
     assert not (rope or cross_entropy or fused_linear_cross_entropy)
     modeling_llama.LlamaRMSNorm = modeling_llama.LlamaMLP = None
     for module in [model.norm, *(layer.input_layernorm for layer in model.layers)]:
-        module.offset = 0.0
+        module.offset, module.row_mode = 0.0, None
         module.forward = norm.__get__(module, type(module))
 {last}
 """
@@ -279,7 +279,38 @@ def test_right_kernels_stay(stand_in: Callable[..., None]) -> None:
     assert len(model.backbone.layers) == 3
     torch.testing.assert_close(padded(model), scores)
     assert all(modeling_code()[key] is value for key, value in code.items())
+    # What was probed is what large batches get.
+    assert model.backbone.norm.row_mode is True
     assert fused.kernels_version().startswith("liger-kernel 0.0.7, triton")
+
+
+def test_the_dropout_of_an_adapter_is_no_difference(stand_in: Callable[..., None]) -> None:
+    stand_in()
+    model = build("llama")
+    settings = {"rank": 4, "alpha": 8, "dropout": 0.5, "target_modules": "all-linear", "merge": True}
+    model.add_lora(lora_settings(**settings, base_model="base", seed=1))
+    model.train()
+    modes = [module.training for module in model.modules()]
+    assert any(isinstance(module, torch.nn.Dropout) and module.p == 0.5 for module in model.modules())
+    assert model.enable_fused_kernels(DEVICE, gradients=True) is None
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_a_package_without_kernels_for_a_model_is_not_in_use(stand_in: Callable[..., None]) -> None:
+    stand_in(last="    for module in model.modules(): vars(module).pop('forward', None)")
+    assert build("llama").enable_fused_kernels(DEVICE, gradients=True) == (
+        "a probe fails in them: the installed liger-kernel has none for it"
+    )
+
+
+def test_a_probe_gives_back_the_very_weights() -> None:
+    backbone = build("llama").backbone.to(CPU)
+    before = {name: tensor.data_ptr() for name, tensor in [*backbone.named_parameters(), *backbone.named_buffers()]}
+    with pytest.raises(KeyboardInterrupt), fused.few_layers_on(backbone, torch.device("meta")) as few:
+        assert len(few.layers) == 3 and all(weight.is_meta for weight in few.parameters())
+        raise KeyboardInterrupt
+    after = {name: tensor.data_ptr() for name, tensor in [*backbone.named_parameters(), *backbone.named_buffers()]}
+    assert after == before and 0 not in before.values()
 
 
 @pytest.mark.parametrize(

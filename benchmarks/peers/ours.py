@@ -36,6 +36,7 @@ from benchmarks.profiling import Profile
 from codes.common.chat import ChatFormatter, EncodedText
 from codes.common.cli import natural, run
 from codes.common.errors import ContrastRMError
+from codes.common.fused import resolve_fused_kernels
 from codes.common.packing import Pack, build_pack, plan_packs
 from codes.common.records import read_preference_file
 from codes.common.scoring import Scorer, collate_texts, default_token_budget, resolve_packing
@@ -59,10 +60,10 @@ class ConstantRate(Schedule):
         return self.learning_rate
 
 
-def packs_flops(model_path: str, packs: Iterable[Pack]) -> int:
-    """Floating-point operations of a forward pass over packs without filler."""
+def packs_flops(model_path: str, packs: Iterable[Pack]) -> list[int]:
+    """Floating-point operations of a forward pass over each pack without filler."""
     shape = model_shape(model_path)
-    return sum(forward_flops(shape, pack.layout.n_tokens, visible_pairs(pack.layout)) for pack in packs)
+    return [forward_flops(shape, pack.layout.n_tokens, visible_pairs(pack.layout)) for pack in packs]
 
 
 def build_trainer(
@@ -88,6 +89,8 @@ def build_trainer(
     """
     masters = keeps_master_weights(precision)
     model, tokenizer = load_reward_model(model_path, dtype="bfloat16" if masters else "float32")
+    packing = resolve_packing(model, packing)
+    fused_kernels = resolve_fused_kernels(model, "auto", training_device(), gradients=True)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
     formatter = ChatFormatter(tokenizer, max_length=max_length, overlength="error")
@@ -96,7 +99,6 @@ def build_trainer(
         raise ContrastRMError(f"{records_file}: {report.n_without_negatives} records have no rejected answer")
     n_steps = warmup_steps + whole_steps(len(groups), groups_per_step, warmup_steps, steps)
     plan = [list(range(step * groups_per_step, (step + 1) * groups_per_step)) for step in range(n_steps)]
-    packing = resolve_packing(model, packing)
     costs = group_costs(groups, packing)
     micro_steps = count_micro_steps(
         plan, costs, max_tokens=max_tokens_per_batch, world_size=1, by_length=packing == "off"
@@ -126,7 +128,7 @@ def build_trainer(
         save_steps=0,
         keep_checkpoints=1,
         logging_steps=1,
-        fingerprint={},
+        fingerprint={"fused_kernels": fused_kernels},
     )
 
 
@@ -216,7 +218,7 @@ def run_training(
         [batch for step in micro_batches(trainer.groups, plan, way, budget)[warmup_steps:] for batch in step]
         for way in (trainer.packing, "shared")
     )
-    useful = packs_flops(model_path, (pack_groups(batch, share=True, on_gpu=False) for batch in shared_batches))
+    useful = sum(packs_flops(model_path, (pack_groups(batch, share=True, on_gpu=False) for batch in shared_batches)))
     fields = {
         "peer": "ours",
         "task": "training",
@@ -230,6 +232,7 @@ def run_training(
         "gradient_checkpointing": gradient_checkpointing,
         "temperature": temperature,
         "packing": trainer.packing,
+        "fused_kernels": trainer.fingerprint["fused_kernels"],
         "max_tokens_per_batch": budget,
         "micro_steps": trainer.accelerator.gradient_accumulation_steps,
         **profiled.fields(seconds),
@@ -277,18 +280,21 @@ def run_scoring(
     texts = read_asked_texts(files, percent, seed)
     place = resolve_device(device)
     model, tokenizer = load_reward_model(model_path, dtype=precision, device=place)
+    fused_kernels = resolve_fused_kernels(model, "auto", place, gradients=False)
     formatter = ChatFormatter(tokenizer)
     scorer = Scorer(model, formatter, packing=packing, max_tokens_per_batch=max_tokens_per_batch)
     encoded = formatter.encode(texts.conversations)
     distinct = list(dict.fromkeys(encoded))
     plan = plan_packs([text.input_ids for text in distinct], scorer.max_tokens_per_batch)
     packs = [build_pack([distinct[index].input_ids for index in batch]) for batch in plan]
+    flops = packs_flops(model_path, packs)
     positions: dict[EncodedText, list[int]] = {}
     for position, text in enumerate(encoded):
         positions.setdefault(text, []).append(position)
     mine = choose_part(
         [[place for index in batch for place in positions[distinct[index]]] for batch in plan],
         [pack.layout.n_tokens for pack in packs],
+        flops,
         part=part,
         parts=parts,
         seed=seed,
@@ -308,13 +314,14 @@ def run_scoring(
         "n_computed_tokens": found.n_computed_tokens,
         "n_distinct_tokens": found.n_tokens,
         **peak,
-        **flops_fields(packs_flops(model_path, packs), seconds / mine.share),
+        **flops_fields(sum(flops), seconds / mine.share),
     }
     fields = {
         "peer": "ours",
         "precision": precision,
         "device": str(place),
         "packing": scorer.packing,
+        "fused_kernels": fused_kernels,
         "max_tokens_per_batch": scorer.max_tokens_per_batch,
         **scoring_fields(result, texts, sum(len(text.input_ids) for text in encoded), scores_file, mine),
         **profiled.fields(seconds),

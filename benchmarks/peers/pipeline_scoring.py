@@ -58,7 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     texts = read_asked_texts(args.files, args.percent, args.seed)
     plain = load_plain_model(args.model_path, precision=args.precision, device=args.device)
     plan = partial(in_order, batch_size=args.batch_size)
-    mine = choose_padded_part(plain, texts.conversations, plan, part=args.part, parts=args.parts, seed=args.seed)
+    mine = choose_padded_part(
+        plain, args.model_path, texts.conversations, plan, part=args.part, parts=args.parts, seed=args.seed
+    )
     conversations = [texts.conversations[index] for index in mine.positions]
     result = score_with_pipeline(plain, conversations, args.batch_size)
     n_tokens = sum(map(len, plain.tokenize(plain.render(texts.conversations))))

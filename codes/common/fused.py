@@ -8,6 +8,7 @@ left out for that reason: their function belongs to a whole module of transforme
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from codes.common.borrow import borrowed
 from codes.common.errors import ContrastRMError
 
 FUSED_KERNELS = ("auto", "off")
@@ -127,22 +129,36 @@ def _modeling_code_kept(model: nn.Module) -> Iterator[None]:
 
 
 def install_fused_kernels(backbone: nn.Module) -> None:
-    """Bind the kernels to a decoder's norms and MLPs; names in its state dict stay as they are."""
+    """Bind the kernels to a decoder's norms and MLPs; names in its state dict stay as they are.
+
+    Raises:
+        ContrastRMError: The installed version has none for the decoder.
+    """
     patch = importlib.import_module("liger_kernel.transformers")._apply_liger_kernel_to_instance
     with _modeling_code_kept(backbone):
         patch(model=backbone, **dict.fromkeys(_NO_KERNELS, False))
+    changed = [module for module in backbone.modules() if "forward" in vars(module)]
+    if not changed:
+        raise ContrastRMError("the installed liger-kernel has none for it")
+    for module in changed:
+        if "row_mode" in vars(module):
+            # The kernel that the probe runs; by the number of rows it would be another one in large batches.
+            module.row_mode = True
 
 
 @contextmanager
 def few_layers_on(backbone: Any, device: torch.device) -> Iterator[None]:
-    """Cut a decoder to its first two layers and its last, on a device: a model that is split later may not fit there whole."""
-    layers, home = backbone.layers, next(backbone.parameters()).device
+    """Cut a decoder to its first two layers and its last, on a device: a model that is split later may not fit there whole.
+
+    Without the dropout of an adapter, which would make every pass another one.
+    """
+    layers = backbone.layers
     chosen = sorted({0, min(1, len(layers) - 1), len(layers) - 1})
     backbone.layers = nn.ModuleList(layers[index] for index in chosen)
     try:
-        yield backbone.to(device)
+        with borrowed(backbone, device):
+            yield backbone.eval()
     finally:
-        backbone.to(home)
         backbone.layers = layers
 
 
@@ -167,5 +183,6 @@ def resolve_fused_kernels(model: Any, fused_kernels: str, device: torch.device, 
     reason = model.enable_fused_kernels(device, gradients=gradients)
     if reason is None:
         return version
-    print(f"note: the fused kernels of liger-kernel are not used with this model: {reason}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: the fused kernels of liger-kernel are not used with this model: {reason}", file=sys.stderr)
     return OFF

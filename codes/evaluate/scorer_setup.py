@@ -148,6 +148,9 @@ def load_scorer(
         return _baseline_scorer(BaselineScorer(baseline, seed))
     launch = join_launch()
     place = choose_device(device, in_launch=launch is not None)
+    if place.type == "cuda" and place.index is not None:
+        # Kernels of other packages are launched on the current device, wherever their tensors lie.
+        torch.cuda.set_device(place)
     model, tokenizer = load_reward_model(
         model_path,
         dtype=dtype,

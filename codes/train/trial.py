@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,8 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from codes.common.borrow import borrowed
 from codes.train.data_utils import MicroBatch, count_micro_steps, shard_step
 from codes.train.draws import Draws
+from codes.train.engine import under_deepspeed
 from codes.train.memory import LEAST_TOKENS, device_bytes, nothing_fits, training_state_bytes
 from codes.train.objective import Objective
 from codes.train.reward_model import RewardModel
@@ -25,6 +28,7 @@ from codes.train.trainer import forward_batch
 # More than ``memory.PLANNED_SHARE``: what was measured has its temporaries in it; the rest is for fragmentation and for the
 # buffers of the engine.
 TRIED_SHARE = 0.9
+OUT_OF_MEMORY = re.compile("out of memory|_ALLOC_FAILED|can't allocate memory", re.IGNORECASE)
 
 
 def try_token_budget(
@@ -56,15 +60,29 @@ def try_token_budget(
     """
     memory = device_bytes(device) if memory is None else memory
     states = training_state_bytes(model, precision=precision, world_size=world_size)
-    if sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) > states:
+    # DeepSpeed casts the weights itself.
+    dtype = torch.float16 if precision == "fp16" and under_deepspeed() else None
+    weights = (one.numel() * (dtype.itemsize if dtype else one.element_size()) for one in model.parameters())
+    if sum(weights) > states:
         return budget
     room = max(0.0, TRIED_SHARE * memory - states)
+    if precision == "fp16" and dtype is None and world_size == 1:
+        # Autocast's copies of the weights are in these states, and in what is measured too.
+        room += 2 * sum(one.numel() for one in model.parameters() if one.requires_grad)
     while True:
         batch, n_tokens = heaviest_batch(
             draws, packing=packing, max_tokens=budget, micro_batch_size=micro_batch_size, world_size=world_size
         )
         peak = _peak_bytes(
-            model, draws, batch, device, precision=precision, packing=packing, objective=objective, pad_id=pad_id
+            model,
+            draws,
+            batch,
+            device,
+            dtype,
+            precision=precision,
+            packing=packing,
+            objective=objective,
+            pad_id=pad_id,
         )
         if peak <= room:
             return budget
@@ -100,12 +118,19 @@ def heaviest_batch(
             return int(draws.n_texts[groups].sum()) * int(draws.longest[groups].max())
         return int(costs[groups].sum())
 
-    # One rank with all the micro-batches of a step: the ranks share the same ones out.
-    batches = (
-        batch
-        for step in draws.plan
-        for batch in shard_step(
-            step,
+    if by_length or micro_batch_size:
+        bounds = np.full(len(draws.plan), np.inf)
+    else:
+        # Packs are filled lightest first: none exceeds the mean by as much as the heaviest group.
+        drawn = (costs[step.start : step.stop] for step in draws.plan)
+        bounds = np.array([mine.sum() / n_batches + mine.max() for mine in drawn])
+    heaviest, most = MicroBatch((), ()), 0
+    for place in np.argsort(-bounds, kind="stable"):
+        if bounds[place] <= most:
+            break
+        # One rank with all the micro-batches of a step: the ranks share the same ones out.
+        batches = shard_step(
+            draws.plan[place],
             costs,
             micro_steps=n_batches,
             rank=0,
@@ -113,26 +138,35 @@ def heaviest_batch(
             micro_batch_size=micro_batch_size,
             by_length=by_length,
         )
-    )
-    heaviest = max(batches, key=computed)
-    return heaviest, computed(heaviest)
+        for batch in batches:
+            if computed(batch) > most:
+                heaviest, most = batch, computed(batch)
+    return heaviest, most
 
 
-def _peak_bytes(model: RewardModel, draws: Draws, batch: MicroBatch, device: torch.device, **options: Any) -> float:
+def _peak_bytes(
+    model: RewardModel,
+    draws: Draws,
+    batch: MicroBatch,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    **options: Any,
+) -> float:
     """Bytes beside the training state that a forward and backward pass takes at its peak.
 
     Args:
+        dtype: Of the weights while they are tried; None: their own.
         options: As of ``_compute``.
 
     Returns:
         Infinite where it ran out of memory; else 0 on a CPU, which does not tell.
     """
     try:
-        with _borrowed(model, device):
+        with _in_training(model, device, dtype):
             peak = _compute(model, draws, batch, device, **options)
     except (RuntimeError, MemoryError) as error:
-        # A CPU's allocator has no class of its own for it.
-        if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)):
+        # A CPU's allocator has no class of its own for it, nor have the libraries that allocate beside torch on a GPU.
+        if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or OUT_OF_MEMORY.search(str(error))):
             raise
         peak = math.inf
     # Outside of the except clause: there the traceback still holds the failed pass's memory.
@@ -173,8 +207,8 @@ def _compute(
 
 
 @contextmanager
-def _borrowed(model: RewardModel, device: torch.device) -> Iterator[None]:
-    """The model on the device and in training mode; afterwards it has its own tensors, mode and random numbers again.
+def _in_training(model: RewardModel, device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+    """The model on the device and in training mode; afterwards it is as it was, and so are the random numbers.
 
     Gradients are dropped as they are made: the training state that they belong to is counted without being here.
     """
@@ -182,23 +216,15 @@ def _borrowed(model: RewardModel, device: torch.device) -> Iterator[None]:
     def drop(weight: torch.Tensor) -> None:
         weight.grad = None
 
-    # Its own tensors come back, not copies: files may be mapped into them.
-    weights = [(parameter, parameter.data) for parameter in model.parameters()]
-    buffers = [(part, name, buffer) for part in model.modules() for name, buffer in part._buffers.items()]
     hooks: list[Any] = []
-    modes = [(part, part.training) for part in model.modules()]
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            model.to(device)
-            hooks += [one.register_post_accumulate_grad_hook(drop) for one, _ in weights if one.requires_grad]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), borrowed(model, device, dtype):
+        try:
+            hooks += [one.register_post_accumulate_grad_hook(drop) for one in model.parameters() if one.requires_grad]
             model.train()
             yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter, data in weights:
-            parameter.grad, parameter.data = None, data
-        for part, name, buffer in buffers:
-            part._buffers[name] = buffer
-        for part, mode in modes:
-            part.training = mode
+        finally:
+            for hook in hooks:
+                hook.remove()
+            # A pass that failed may have left some.
+            for weight in model.parameters():
+                weight.grad = None
