@@ -7,8 +7,10 @@ import math
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Barrier
 from typing import Any, ClassVar
 
 import numpy as np
@@ -318,6 +320,20 @@ def test_two_models_of_one_name_get_two_folders(tmp_path: Path) -> None:
     assert second == tmp_path / "model-bbbbbbbb"
     assert model_results_folder(tmp_path, "there/model", "b" * 64) == second
     assert read_json(first / "model.json")["weight_hash"] == "a" * 64
+
+
+def test_evaluations_that_begin_at_once_get_one_folder(tmp_path: Path) -> None:
+    n = 8
+    with ThreadPoolExecutor(n) as pool:
+        for attempt in range(40):
+            begin, results = Barrier(n), tmp_path / str(attempt)
+
+            def claim(_: int, begin: Barrier = begin, results: Path = results) -> Path:
+                begin.wait()
+                return model_results_folder(results, "here/model", "a" * 64)
+
+            assert set(pool.map(claim, range(n))) == {results / "model"}
+            assert [path.name for path in results.rglob("*")] == ["model", "model.json"]
 
 
 def test_results_without_an_owner_are_left_alone(tmp_path: Path) -> None:

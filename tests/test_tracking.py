@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,23 @@ def test_a_resume_leaves_every_point_once(tmp_path: Path) -> None:
     third.log({"train/loss": 7.0}, 1)
     third.finish()
     assert points(tmp_path, "train/loss") == [(1, 7.0)]
+
+
+def test_a_resume_within_the_same_second_is_read_after_it(tmp_path: Path) -> None:
+    first = Trackers(["tensorboard"], tmp_path)
+    first.start(0, {})
+    for step in (1, 2, 3):
+        first.log({"train/loss": float(step)}, step)
+    first.finish()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    # A process whose number sorts behind this one's.
+    file.rename(file.with_name(f"events.out.tfevents.{int(time.time())}.vm.99999999.0"))
+    second = Trackers(["tensorboard"], tmp_path)
+    second.start(3, {})
+    for step in (3, 4):
+        second.log({"train/loss": 10.0 * step}, step)
+    second.finish()
+    assert points(tmp_path, "train/loss") == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0)]
 
 
 def test_only_numbers_are_shown_and_other_ranks_write_nothing(tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ import hashlib
 import inspect
 import json
 import os
+import shutil
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -354,12 +356,29 @@ def model_results_folder(results_dir: str | Path, model_path: str, weight_hash: 
         ContrastRMError: The folder cannot be made or written, or its ``model.json`` cannot be read.
     """
     name = Path(model_path).resolve().name if Path(model_path).exists() else Path(model_path).name
-    folder = Path(results_dir) / name
+    folder, owner = Path(results_dir) / name, {"model_path": model_path, "weight_hash": weight_hash}
+    if not folder.exists():
+        _make_claimed(folder, owner)
     if not _is_free_for(folder, weight_hash):
         folder = Path(results_dir) / f"{name}-{weight_hash[:8]}"
     ensure_writable_folder(folder)
-    write_json(folder / MODEL_FILE, {"model_path": model_path, "weight_hash": weight_hash})
+    write_json(folder / MODEL_FILE, owner)
     return folder
+
+
+def _make_claimed(folder: Path, owner: Mapping[str, str]) -> None:
+    """Make a folder that says whose it is from its first moment on: two evaluations of a model may begin at once.
+
+    Where another process was faster, its folder stays.
+    """
+    made = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        made.mkdir(parents=True)
+        write_json(made / MODEL_FILE, owner)
+        made.rename(folder)
+    except (OSError, ContrastRMError):
+        # What cannot be written is said where the folder is needed.
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def _is_free_for(folder: Path, weight_hash: str) -> bool:

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -100,6 +101,8 @@ class Trackers:
         run_id = _run_id(self.output_dir / RUN_FILE, is_new)
         if is_new:
             shutil.rmtree(self.output_dir / TENSORBOARD_FOLDER, ignore_errors=True)
+        elif "tensorboard" in self.names:
+            _wait_for_a_later_second(self.output_dir / TENSORBOARD_FOLDER)
         for name in self.names:
             self.trackers[name] = _start(name, self._options(name, first_step, run_id))
         if is_new:
@@ -150,6 +153,18 @@ class Trackers:
         """Write out what is left."""
         for tracker in self.trackers.values():
             tracker.finish()
+
+
+def _wait_for_a_later_second(folder: Path) -> None:
+    """TensorBoard reads its files in the order of their names, which begin with the second in which they were made.
+
+    A file of the same second as the run's last one might be read before it, and then make the earlier steps disappear.
+    """
+    deadline = time.monotonic() + 1.5
+    seconds = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")]
+    newest = max((int(one) for one in seconds if one.isdecimal()), default=0)
+    while int(time.time()) <= newest and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
