@@ -286,10 +286,9 @@ def in_order(items: Sequence[Any], batch_size: int) -> list[range]:
 
 
 def choose_padded_part(
-    plain: PlainModel,
     model_path: str | Path,
-    conversations: Sequence[Conversation],
-    plan: Callable[[Sequence[int]], Sequence[Sequence[int]]],
+    lengths: Sequence[int],
+    batches: Sequence[Sequence[int]],
     *,
     part: int,
     parts: int,
@@ -298,10 +297,9 @@ def choose_padded_part(
     """The texts of a part of a padded peer's batches.
 
     Args:
-        plan: Positions of every batch, from the tokens of the texts.
+        lengths: Tokens of every text.
+        batches: Positions of the texts of each batch.
     """
-    lengths = [len(row) for row in plain.tokenize(plain.render(conversations))]
-    batches = plan(lengths)
     widths = [max(lengths[index] for index in batch) for batch in batches]
     n_tokens = [len(batch) * width for batch, width in zip(batches, widths, strict=True)]
     shape = model_shape(model_path)
@@ -311,12 +309,12 @@ def choose_padded_part(
 
 
 def scoring_fields(
-    result: dict[str, Any], texts: TextSet, n_tokens: int, scores_file: str | None, part: Part | None = None
+    result: dict[str, Any], texts: TextSet, n_tokens: int, scores_file: str | None, part: Part
 ) -> dict[str, Any]:
     """The result of a scoring run, the same names for every peer; the scores go to their file.
 
     Args:
-        part: What was scored of the texts, and stands for all of them; None: all.
+        part: What was scored of the texts, and stands for all of them.
 
     Raises:
         ContrastRMError: A score is not finite.
@@ -328,7 +326,7 @@ def scoring_fields(
         )
     if scores_file is not None:
         write_json(scores_file, scores.tolist())
-    if part is not None and part.of > 1:
+    if part.of > 1:
         result |= part.fields(result["seconds"], result["n_computed_tokens"])
     return {
         "task": "scoring",
@@ -431,11 +429,11 @@ def run_scoring(
     """
     texts = read_asked_texts(files, percent, seed)
     plain = load_plain_model(model_path, precision=precision, device=device)
-    mine = choose_padded_part(plain, model_path, texts.conversations, plan, part=part, parts=parts, seed=seed)
+    lengths = [len(row) for row in plain.tokenize(plain.render(texts.conversations))]
+    mine = choose_padded_part(model_path, lengths, plan(lengths), part=part, parts=parts, seed=seed)
     result = score_texts(
         plain, [texts.conversations[index] for index in mine.positions], lambda rendered: batches(plain, rendered)
     )
-    n_tokens = sum(map(len, plain.tokenize(plain.render(texts.conversations))))
     fields = {"peer": peer, "precision": precision, "device": str(plain.device), **settings}
-    fields |= scoring_fields(result, texts, n_tokens, scores_file, mine)
+    fields |= scoring_fields(result, texts, sum(lengths), scores_file, mine)
     write_line(fields | model_fields(model_path), output_file)

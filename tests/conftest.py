@@ -41,6 +41,23 @@ LLAMA3 = (
 )
 WORDS = "the cat sat on a mat and why is it red because 2 + 2 = 4 user assistant system Paris capital of France"
 
+# The configuration of a decoder of any architecture, small enough to be built in a test.
+SMALL_DECODER: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "num_labels": 1,
+    # Wide enough for attention to matter to the score.
+    "initializer_range": 0.3,
+}
+
 
 def train_tokenizer(
     special: Sequence[str], template: str | None, *, bos: str | None, eos: str, pad: str | None

@@ -29,9 +29,8 @@ from codes.common.packing import build_pack
 from codes.evaluate.scorer_setup import load_scorer, making_of_scores
 from codes.train.lora import lora_settings
 from codes.train.reward_model import RewardModel
-from tests.conftest import REPO_ROOT
+from tests.conftest import REPO_ROOT, SMALL_DECODER
 
-VOCABULARY = 97
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CPU = torch.device("cpu")
 SEQUENCES = [[5, 6, 7, 8, 9, 10, 11], [5, 6, 7, 8, 20, 21], [5, 6, 7, 8, 9, 30, 31, 32, 33], [40]]
@@ -39,25 +38,7 @@ SEQUENCES = [[5, 6, 7, 8, 9, 10, 11], [5, 6, 7, 8, 20, 21], [5, 6, 7, 8, 9, 30, 
 
 def build(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> RewardModel:
     torch.manual_seed(3)
-    config = AutoConfig.for_model(
-        kind,
-        **{
-            "vocab_size": VOCABULARY,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "max_position_embeddings": 512,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "num_labels": 1,
-            "initializer_range": 0.3,
-            **options,
-        },
-    )
+    config = AutoConfig.for_model(kind, **SMALL_DECODER | {"num_hidden_layers": 3, "head_dim": 8} | options)
     model = RewardModel(AutoModelForSequenceClassification.from_config(config, dtype=dtype)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

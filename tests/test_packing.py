@@ -48,35 +48,21 @@ from codes.common.errors import ContrastRMError
 from codes.common.packing import build_pack, plan_packs, shared_tokens
 from codes.common.scoring import Scorer, resolve_packing
 from codes.train.reward_model import RewardModel
+from tests.conftest import SMALL_DECODER
 
-VOCABULARY = 97
-BASE: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "num_labels": 1,
-    # Wide enough for attention to matter to the score.
-    "initializer_range": 0.3,
-}
+VOCABULARY = SMALL_DECODER["vocab_size"]
 CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
-    "llama": lambda: LlamaConfig(**BASE),
-    "qwen2": lambda: Qwen2Config(**BASE),
-    "qwen3": lambda: Qwen3Config(**BASE, head_dim=8),
-    "mistral": lambda: MistralConfig(**BASE, sliding_window=None),
-    "mistral-window": lambda: MistralConfig(**BASE, sliding_window=7),
-    "gemma": lambda: GemmaConfig(**BASE, head_dim=8),
-    "gemma3": lambda: Gemma3TextConfig(**BASE, head_dim=8, sliding_window=9),
-    "phi": lambda: PhiConfig(**BASE),
-    "phi3": lambda: Phi3Config(**BASE),
-    "olmo": lambda: OlmoConfig(**BASE),
-    "gpt-neox": lambda: GPTNeoXConfig(**{k: v for k, v in BASE.items() if k != "num_key_value_heads"}),
+    "llama": lambda: LlamaConfig(**SMALL_DECODER),
+    "qwen2": lambda: Qwen2Config(**SMALL_DECODER),
+    "qwen3": lambda: Qwen3Config(**SMALL_DECODER, head_dim=8),
+    "mistral": lambda: MistralConfig(**SMALL_DECODER, sliding_window=None),
+    "mistral-window": lambda: MistralConfig(**SMALL_DECODER, sliding_window=7),
+    "gemma": lambda: GemmaConfig(**SMALL_DECODER, head_dim=8),
+    "gemma3": lambda: Gemma3TextConfig(**SMALL_DECODER, head_dim=8, sliding_window=9),
+    "phi": lambda: PhiConfig(**SMALL_DECODER),
+    "phi3": lambda: Phi3Config(**SMALL_DECODER),
+    "olmo": lambda: OlmoConfig(**SMALL_DECODER),
+    "gpt-neox": lambda: GPTNeoXConfig(**{k: v for k, v in SMALL_DECODER.items() if k != "num_key_value_heads"}),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCABULARY,
         n_embd=32,
@@ -308,7 +294,7 @@ def test_float32_keeps_to_its_rounding(kind: str) -> None:
 def test_soft_capped_attention(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(3)
     # Small caps, so that they bite. The library's own softmax is in float32 here, whatever the model's dtype.
-    config = Gemma2Config(**BASE, head_dim=8, sliding_window=9, attn_logit_softcapping=1.0)
+    config = Gemma2Config(**SMALL_DECODER, head_dim=8, sliding_window=9, attn_logit_softcapping=1.0)
     model = RewardModel(AutoModelForSequenceClassification.from_config(config, dtype=torch.float64)).eval()
     sequences = awkward_sequences()
     with torch.no_grad():
@@ -322,7 +308,7 @@ def test_soft_capped_attention(backend: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_attention_whose_values_are_narrower_than_its_keys(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(3)
     config = DeepseekV3Config(
-        **BASE | {"num_key_value_heads": 4},
+        **SMALL_DECODER | {"num_key_value_heads": 4},
         q_lora_rank=8,
         kv_lora_rank=8,
         qk_nope_head_dim=8,
@@ -408,7 +394,7 @@ def classifier(config: PretrainedConfig) -> RewardModel:
 
 def test_models_that_cannot_be_packed_say_why(capsys: pytest.CaptureFixture[str]) -> None:
     unknown = ("intermediate_size", "num_key_value_heads", "max_position_embeddings")
-    small = {key: value for key, value in BASE.items() if key not in unknown}
+    small = {key: value for key, value in SMALL_DECODER.items() if key not in unknown}
     bert = classifier(BertConfig(**small, intermediate_size=48))
     assert "not a decoder" in str(bert.enable_packing())
     assert resolve_packing(bert, "auto") == "off"
@@ -417,7 +403,7 @@ def test_models_that_cannot_be_packed_say_why(capsys: pytest.CaptureFixture[str]
         resolve_packing(bert, "shared")
     falcon = classifier(FalconConfig(**small))
     assert "attention cannot be replaced" in str(falcon.enable_packing())
-    dynamic = LlamaConfig(**BASE)
+    dynamic = LlamaConfig(**SMALL_DECODER)
     dynamic.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     assert "rotary embedding (dynamic)" in str(classifier(dynamic).enable_packing())
     both_ways = make_model("llama")
@@ -435,7 +421,7 @@ UNPACKABLE: dict[str, tuple[Callable[[], PretrainedConfig], str]] = {
     # Windows that their masks have and their attention is not told of: only texts longer than the window would show it.
     "qwen2-moe-window": (
         lambda: Qwen2MoeConfig(
-            **BASE,
+            **SMALL_DECODER,
             **EXPERTS,
             num_experts=2,
             shared_expert_intermediate_size=16,
@@ -445,18 +431,18 @@ UNPACKABLE: dict[str, tuple[Callable[[], PretrainedConfig], str]] = {
         "probe pack differs",
     ),
     "phimoe-window": (
-        lambda: PhimoeConfig(**BASE, num_experts_per_tok=1, num_local_experts=2, sliding_window=4096),
+        lambda: PhimoeConfig(**SMALL_DECODER, num_experts_per_tok=1, num_local_experts=2, sliding_window=4096),
         "probe pack differs",
     ),
-    "doge": (lambda: DogeConfig(**BASE), "makes masks of its own"),
+    "doge": (lambda: DogeConfig(**SMALL_DECODER), "makes masks of its own"),
     "gpt-oss": (
-        lambda: GptOssConfig(**BASE, head_dim=8, num_local_experts=2, num_experts_per_tok=1),
+        lambda: GptOssConfig(**SMALL_DECODER, head_dim=8, num_local_experts=2, num_experts_per_tok=1),
         "attention sinks",
     ),
-    "nemotron": (lambda: NemotronConfig(**BASE), "does not hand packs on"),
+    "nemotron": (lambda: NemotronConfig(**SMALL_DECODER), "does not hand packs on"),
     "gemma3-dynamic": (
         lambda: Gemma3TextConfig(
-            **BASE,
+            **SMALL_DECODER,
             head_dim=8,
             rope_parameters={
                 "full_attention": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from transformers import pipeline
@@ -57,19 +56,17 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     texts = read_asked_texts(args.files, args.percent, args.seed)
     plain = load_plain_model(args.model_path, precision=args.precision, device=args.device)
-    plan = partial(in_order, batch_size=args.batch_size)
-    mine = choose_padded_part(
-        plain, args.model_path, texts.conversations, plan, part=args.part, parts=args.parts, seed=args.seed
-    )
+    lengths = [len(row) for row in plain.tokenize(plain.render(texts.conversations))]
+    batches = in_order(lengths, args.batch_size)
+    mine = choose_padded_part(args.model_path, lengths, batches, part=args.part, parts=args.parts, seed=args.seed)
     conversations = [texts.conversations[index] for index in mine.positions]
     result = score_with_pipeline(plain, conversations, args.batch_size)
-    n_tokens = sum(map(len, plain.tokenize(plain.render(texts.conversations))))
     fields = {
         "peer": "pipeline_scoring",
         "precision": args.precision,
         "device": str(plain.device),
         "batch_size": args.batch_size,
-        **scoring_fields(result, texts, n_tokens, args.scores_file, mine),
+        **scoring_fields(result, texts, sum(lengths), args.scores_file, mine),
     }
     write_line(fields | model_fields(args.model_path), args.output_file)
     return 0
