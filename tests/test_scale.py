@@ -89,6 +89,8 @@ try:
     set_accumulation(accelerator, 3 + rank, max_grad_norm=1.0)
 except ContrastRMError as error:
     print(error)
+# As every run ends: a group that outlives the interpreter can abort the process.
+accelerator.end_training()
 """
 
 

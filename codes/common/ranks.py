@@ -64,6 +64,8 @@ class Ranks(Generic[Work, Result]):
         """Compute what the leader hands out until it sends everybody home. For all but the leader."""
         while (piece := self._scattered(None)) is not None:
             self._gathered(self._attempt(piece))
+        # A group that is still there while the interpreter ends can abort the process, and its launcher then reports a failure.
+        dist.destroy_process_group()
 
     def dismiss(self) -> None:
         """Send the others home. Leader only."""
