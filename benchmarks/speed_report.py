@@ -1,12 +1,15 @@
 """Tables and plots of the comparisons, from their JSON lines alone.
 
 Rates are medians over the rounds, with the smallest and the largest; ratios are medians of the ratios within each round.
+Where every round measured another part of the work, the parts are added up instead: a batch of short texts and one of long
+texts differ in rate, and the middle one of a few stands for neither.
 Used by ``python -m benchmarks.speed``.
 """
 
 from __future__ import annotations
 
 import io
+import random
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -20,6 +23,7 @@ from codes.common.reporting import BLUE, GREY, VERMILION, Section, number, rende
 Line = dict[str, Any]
 RATES = {"training": "groups_per_second", "scoring": "texts_per_second"}
 UNITS = {"training": "groups/s", "scoring": "texts/s"}
+DEFAULT = "ours.shared"
 # Runs that are no peers.
 NOT_COMPARED = (GEMM, PROFILED)
 # A busy machine slows all peers down, but not all alike.
@@ -41,11 +45,12 @@ def write_report(lines: Sequence[Line], results_dir: str | Path, *, peak_tflops:
     folder = Path(results_dir)
     done = [line for line in lines if "failed" not in line]
     sections = [Section("What was run", conditions(lines))]
-    svg = None
+    svg, drawn = None, "medians, with the smallest and largest"
     if kind in RATES:
         for scenario in dict.fromkeys(line["scenario"] for line in lines if line["run"] not in NOT_COMPARED):
             sections.append(comparison_section(lines, scenario, peak_tflops))
             sections += profile_section(done, scenario, gemm_gflops(done, lines[0]["dtype"]))
+        drawn = "all parts, with the slowest and the fastest" if any("part" in line for line in done) else drawn
         svg = plot_rates_of(done) if any(line["run"] not in NOT_COMPARED for line in done) else None
     elif kind == "gemm_rate" and done:
         sections.append(gemm_section(done))
@@ -53,9 +58,7 @@ def write_report(lines: Sequence[Line], results_dir: str | Path, *, peak_tflops:
         sections += [growth_section(done, way) for way in dict.fromkeys(line["scenario"] for line in done)]
         svg = plot_growth(done)
     if svg is not None:
-        sections.append(
-            Section("Plot", image=svg, image_file=f"{name}.svg", image_text="medians, with the smallest and largest")
-        )
+        sections.append(Section("Plot", image=svg, image_file=f"{name}.svg", image_text=drawn))
         write_text(folder / f"{name}.svg", svg)
     table = folder / f"{name}.md"
     write_text(table, render_markdown(lines[0]["title"], sections))
@@ -126,13 +129,14 @@ def comparison_row(
     if not found:
         return [line["label"], "not measured", line["failed"], *[""] * (len(baselines) + 5)]
     done = [one for one in lines if one["run"] == run and "failed" not in one]
-    ratios = [ratio_within_rounds(rates[run], rates[name]) for name in baselines]
-    rate = useful / statistics.median(one["seconds"] for one in done) / 1e9 if useful else None
+    ratios = [times_faster(lines, run, name) for name in baselines]
+    seconds = typical_seconds(done)
+    rate = useful / seconds / 1e9 if useful else None
     # Another part has other texts.
     check = done[-1]["losses"][0] if line["kind"] == "training" else mean_of_parts(done)
     return [
         line["label"],
-        significant(statistics.median(found)),
+        significant(typical_rate(done)),
         f"{significant(min(found))} to {significant(max(found))}",
         *(number(ratio, 2) for ratio in ratios),
         f"{done[-1]['n_computed_tokens']:,}",
@@ -186,8 +190,10 @@ def comparison_notes(
         n_parts = len({line["part"] for line in done})
         notes.append(
             f"{n_parts} of {own['parts']} parts: every round computed other batches, dealt out by a seeded hash, of each "
-            "run's own plan of all texts. A part's seconds by its share of the floating-point operations stand for the whole."
+            "run's own plan of all texts. The seconds of all parts measured, by their share of the floating-point operations, "
+            "stand for the whole; from smallest to largest are single parts."
         )
+        notes += [text for run in lines[0]["baselines"] if (text := uncertainty(done, run)) is not None]
     if useful is not None:
         notes.append(
             f"Useful work: {useful / 1e9:,.0f} GFLOP (every token of the prefix trees once), for all runs alike."
@@ -236,10 +242,58 @@ def profile_section(lines: Sequence[Line], scenario: str, gemm: float | None) ->
 def rounds_of(lines: Iterable[Line], run: str) -> dict[int, float]:
     """Groups or texts a second in every round of a run that did not fail."""
     return {
-        line["round"]: line[RATES[line["kind"]]] / line["pairs_per_group"]
-        for line in lines
-        if line["run"] == run and "failed" not in line
+        number: line[RATES[line["kind"]]] / line["pairs_per_group"] for number, line in by_round(lines, run).items()
     }
+
+
+def typical_seconds(lines: Sequence[Line]) -> float:
+    """Median over the rounds of one run; of parts, their seconds together by their share of all operations together."""
+    if "part" not in lines[0]:
+        return statistics.median(line["seconds"] for line in lines)
+    seconds: float = sum(line["part_seconds"] for line in lines) / sum(line["part_share"] for line in lines)
+    return seconds
+
+
+def typical_rate(lines: Sequence[Line]) -> float:
+    """Groups or texts a second of one run: the median over the rounds, or of all its parts together."""
+    rates = [line[RATES[line["kind"]]] / line["pairs_per_group"] for line in lines]
+    if "part" not in lines[0]:
+        return statistics.median(rates)
+    # What one part says of all texts, said by all parts.
+    rate: float = rates[0] * lines[0]["seconds"] / typical_seconds(lines)
+    return rate
+
+
+def times_faster(lines: Sequence[Line], run: str, baseline: str) -> float | None:
+    """How many times faster a run is than another, over the rounds that both have; None where there is no such round."""
+    mine, theirs = by_round(lines, run), by_round(lines, baseline)
+    shared = sorted(mine.keys() & theirs.keys())
+    if not shared or "part" not in mine[shared[0]]:
+        return ratio_within_rounds(rounds_of(lines, run), rounds_of(lines, baseline))
+    return typical_seconds([theirs[one] for one in shared]) / typical_seconds([mine[one] for one in shared])
+
+
+def uncertainty(lines: Sequence[Line], baseline: str) -> str | None:
+    """How far chance moves the ratio of our default to a baseline, by drawing the measured rounds again; None for one round."""
+    rounds = sorted(by_round(lines, DEFAULT).keys() & by_round(lines, baseline).keys())
+    if len(rounds) < 2:
+        return None
+    chance = random.Random(0)
+    mine, theirs = by_round(lines, DEFAULT), by_round(lines, baseline)
+    found = []
+    for _ in range(10_000):
+        drawn = chance.choices(rounds, k=len(rounds))
+        found.append(typical_seconds([theirs[one] for one in drawn]) / typical_seconds([mine[one] for one in drawn]))
+    cuts = statistics.quantiles(found, n=40, method="inclusive")
+    return (
+        f"Our default against {baseline}: with the measured rounds drawn again with replacement, 95 % of the ratios lie "
+        f"between {cuts[0]:.2f} and {cuts[-1]:.2f}."
+    )
+
+
+def by_round(lines: Iterable[Line], run: str) -> dict[int, Line]:
+    """The lines of a run that did not fail."""
+    return {line["round"]: line for line in lines if line["run"] == run and "failed" not in line}
 
 
 def ratio_within_rounds(rates: dict[int, float], baseline: dict[int, float]) -> float | None:
@@ -328,7 +382,7 @@ def plot_rates_of(lines: Sequence[Line]) -> str:
             }
             for row, run in enumerate(labels):
                 found = list(rounds_of(mine, run).values())
-                middle = statistics.median(found)
+                middle = typical_rate(list(by_round(mine, run).values()))
                 colour = BLUE if run.startswith("ours") else GREY
                 axis.barh(row, middle, color=colour, height=0.7)
                 spread = [[middle - min(found)], [max(found) - middle]]

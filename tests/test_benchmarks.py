@@ -561,6 +561,16 @@ def test_a_suite_in_parts_goes_on_with_the_next_part(
         mine = [line for line in lines if line["run"] == name]
         assert sum(line["part_n_texts"] for line in mine) == mine[0]["n_texts"]
         assert len({line["n_computed_tokens"] for line in mine}) == 1
+    # All parts together are all texts: the ratio of the whole is that of the seconds added up.
+    seconds = {
+        name: sum(line["part_seconds"] for line in lines if line["run"] == name)
+        for name in ("original_loop", "ours.shared")
+    }
+    ours = next(line for line in table.splitlines() if line.startswith("| ours, packed with shared")).split("|")
+    assert float(ours[4]) == pytest.approx(seconds["original_loop"] / seconds["ours.shared"], abs=0.006)
+    n_texts = lines[0]["n_texts"]
+    assert float(ours[2]) == pytest.approx(n_texts / seconds["ours.shared"], rel=0.006)
+    assert "Our default against original_loop: with the measured rounds drawn again" in table
     profiled = [line for line in lines if line["run"] == "ours.profiled"]
     for line in profiled:
         assert sum(line["seconds_by_kind"].values()) == pytest.approx(line["part_seconds"], rel=0.1)
