@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import resource
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -129,6 +130,12 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def n_compiled() -> int:
+    """How many graphs ``torch.compile`` has made in this process so far."""
+    module: Any = sys.modules.get("torch._dynamo.utils")
+    return 0 if module is None else int(module.counters["stats"]["unique_graphs"])
 
 
 class PeakMemory:

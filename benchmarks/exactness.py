@@ -30,6 +30,7 @@ from benchmarks.speed import RESULTS_DIR, append_line, read_lines
 from codes.common.base_model import model_hash
 from codes.common.chat import ChatFormatter, Conversation, EncodedText
 from codes.common.cli import natural, positive, run
+from codes.common.packed_attention import FLEX_BLOCK
 from codes.common.packing import build_pack
 from codes.common.records import PreferenceRecord, file_sha256, read_preference_file, write_jsonl, write_text
 from codes.common.reporting import Section, render_markdown, run_metadata
@@ -161,7 +162,8 @@ def gradient_errors(model: RewardModel, groups: Sequence[Group]) -> list[float]:
     errors = []
     for group in tqdm(groups, desc="gradients", unit="group"):
         sizes = torch.tensor([len(group.texts)])
-        pack = build_pack([text.input_ids for text in group.texts]).to(device)
+        multiple_of = FLEX_BLOCK if device.type == "cuda" else 1
+        pack = build_pack([text.input_ids for text in group.texts], multiple_of=multiple_of).to(device)
         packed = gradients(
             model, contrastive_loss(model(pack.input_ids, layout=pack.layout, ends=pack.ends), sizes, 0.5)
         )

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -141,8 +140,8 @@ def group_losses(scores: torch.Tensor, sizes: Sequence[int], temperature: float)
     """Cross-entropy of each group's last row among the group's rows, ``(G,)``."""
     losses = []
     for rows in torch.split(scores.float() / temperature, list(sizes)):
-        target = torch.tensor([len(rows) - 1], device=rows.device)
-        losses.append(cross_entropy(rows[None], target))
+        # The last row, without a target that every group would have to send to the device.
+        losses.append(torch.logsumexp(rows, dim=0) - rows[-1])
     return torch.stack(losses)
 
 

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 MATRIX_MULTIPLICATION = "matrix multiplication"
@@ -69,6 +70,9 @@ class Profile:
             return {}
         own: dict[str, float] = defaultdict(float)
         for event in self._profile.key_averages():
+            # The operators that started a kernel, and the named ranges around them, repeat the kernel's time.
+            if self._on_gpu and (event.device_type == DeviceType.CPU or event.is_user_annotation):
+                continue
             spent = event.self_device_time_total if self._on_gpu else event.self_cpu_time_total
             own[event.key] += spent / 1e6
         slowest = sorted(own.items(), key=lambda item: -item[1])

@@ -76,9 +76,10 @@ def measure_once(peer: Run, *, number: int, threads: int, device: str, log: Path
         return {"failed": "TRL's environment is not installed: bash benchmarks/setup_trl.sh"}
     environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT), "HF_HUB_OFFLINE": "1"}
     environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
-    if device == "cpu":
-        # accelerate takes a GPU where it sees one.
-        environment["CUDA_VISIBLE_DEVICES"] = ""
+    # accelerate takes a GPU where it sees one, and TRL's trainer all that it sees.
+    environment["CUDA_VISIBLE_DEVICES"] = (
+        "" if device == "cpu" else os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    )
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as errors:
         done = subprocess.run(
@@ -196,7 +197,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=positive, default=default_threads(), help="of every run")
     parser.add_argument("--peak_tflops", type=float, default=None, help="the device's; default: its measured rate")
     parser.add_argument("--model_path", type=Path, default=MODEL_DIR, help="a reward model's folder; made if missing")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (the first that is visible)")
     parser.add_argument("--output_dir", dest="work_dir", type=Path, default=OUTPUT_DIR, help="lines, rows, logs")
     parser.add_argument("--results_dir", type=Path, default=RESULTS_DIR, help="tables and plots")
     rows = parser.add_argument_group("rows")
@@ -237,6 +238,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run suites and write their tables; 1 where a run failed."""
     args = build_parser().parse_args(argv)
     names = [name for name in args.suites if name != "report"]
+    if args.device not in ("auto", "cpu", "cuda"):
+        raise ContrastRMError(
+            f"--device {args.device}: every run sees one GPU only; choose it with CUDA_VISIBLE_DEVICES and --device cuda"
+        )
     if 1 < args.parts < args.rounds:
         raise ContrastRMError(f"--rounds {args.rounds}: there are only {args.parts} parts, each measured once")
     n_failed = 0

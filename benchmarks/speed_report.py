@@ -49,7 +49,7 @@ def write_report(lines: Sequence[Line], results_dir: str | Path, *, peak_tflops:
     if kind in RATES:
         for scenario in dict.fromkeys(line["scenario"] for line in lines if line["run"] not in NOT_COMPARED):
             sections.append(comparison_section(lines, scenario, peak_tflops))
-            sections += profile_section(done, scenario, gemm_gflops(done, lines[0]["dtype"]))
+            sections += profile_section(done, scenario, gemm_gflops(of_scenario(done, scenario), lines[0]["dtype"]))
         drawn = "all parts, with the slowest and the fastest" if any("part" in line for line in done) else drawn
         svg = plot_rates_of(done) if any(line["run"] not in NOT_COMPARED for line in done) else None
     elif kind == "gemm_rate" and done:
@@ -106,7 +106,7 @@ def comparison_section(lines: Sequence[Line], scenario: str, peak_tflops: float 
     known = [name for name in baselines if rates.get(name)]
     # The same texts need the same work, whoever does it.
     useful = next((line["useful_flops"] for line in mine if "useful_flops" in line), None)
-    gemm = gemm_gflops([line for line in lines if scenario.startswith(line["scenario"])], dtype)
+    gemm = gemm_gflops(of_scenario(lines, scenario), dtype)
     peak = 1000 * peak_tflops if peak_tflops is not None else gemm
     check = "first loss" if kind == "training" else "mean score"
     header = ["run", UNITS[kind], "min to max", *(f"× {name}" for name in known), "computed tokens", "peak GiB"]
@@ -194,6 +194,11 @@ def comparison_notes(
             "stand for the whole; from smallest to largest are single parts."
         )
         notes += [text for run in lines[0]["baselines"] if (text := uncertainty(done, run)) is not None]
+    compiled = [line["label"] for line in done if line.get("n_compiled_while_timed")]
+    if compiled:
+        notes.append(
+            f"Kernels were compiled in the timed part of {', '.join(dict.fromkeys(compiled))}: read the best round."
+        )
     if useful is not None:
         notes.append(
             f"Useful work: {useful / 1e9:,.0f} GFLOP (every token of the prefix trees once), for all runs alike."
@@ -300,6 +305,11 @@ def ratio_within_rounds(rates: dict[int, float], baseline: dict[int, float]) -> 
     """Median over the rounds that both have of how many times faster it was."""
     shared = rates.keys() & baseline.keys()
     return statistics.median(rates[one] / baseline[one] for one in shared) if shared else None
+
+
+def of_scenario(lines: Iterable[Line], scenario: str) -> list[Line]:
+    """The lines of a scenario, and those that were measured once for several."""
+    return [line for line in lines if scenario.startswith(line["scenario"])]
 
 
 def gemm_gflops(lines: Iterable[Line], dtype: str) -> float | None:

@@ -24,7 +24,7 @@ SHAPES = {
     "qwen2.5-1.5b": (1536, 8960, 28, 12, 2),
     "qwen2.5-7b": (3584, 18944, 28, 28, 4),
     # For a try of the whole suite in seconds.
-    "tiny": (32, 64, 2, 4, 2),
+    "tiny": (64, 128, 2, 4, 2),
 }
 # Tokens of an answer are drawn evenly from these: real answers to one prompt differ in length.
 ANSWER_TOKENS = (128, 384)

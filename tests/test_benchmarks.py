@@ -576,6 +576,8 @@ def test_a_suite_in_parts_goes_on_with_the_next_part(
         assert sum(line["seconds_by_kind"].values()) == pytest.approx(line["part_seconds"], rel=0.1)
     with pytest.raises(ContrastRMError, match=r"--rounds 3: there are only 2 parts"):
         speed.main([*arguments, "--rounds", "3"])
+    with pytest.raises(ContrastRMError, match=r"--device cuda:1: every run sees one GPU only"):
+        speed.main([*arguments, "--device", "cuda:1"])
 
 
 def test_a_training_profile_knows_the_optimizer(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -47,6 +48,7 @@ from codes.common.chat import ChatFormatter, Conversation
 from codes.common.errors import ContrastRMError
 from codes.common.packing import build_pack, plan_packs, shared_tokens
 from codes.common.scoring import Scorer, resolve_packing
+from codes.train.engine import confirm_packing
 from codes.train.reward_model import RewardModel
 from tests.conftest import SMALL_DECODER
 
@@ -487,15 +489,112 @@ def test_a_model_that_ignores_the_layout_is_found_by_the_probe() -> None:
         packed(model, awkward_sequences())
 
 
+# --- the device that a model is trained on
+
+
+@pytest.mark.parametrize("cast", [None, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_a_probe_on_the_device_leaves_the_model_as_it_was(kind: str, cast: torch.dtype | None) -> None:
+    model = make_model(kind, torch.float32).train()
+    assert model.enable_packing() is None
+    before = [(weight, weight.data_ptr(), weight.detach().clone()) for weight in model.parameters()]
+    assert model.probe_packing_on(torch.device("cpu"), cast=cast) is None
+    after = list(model.parameters())
+    assert len(after) == len(before) and model.training
+    for found, (weight, place, values) in zip(after, before, strict=True):
+        assert found is weight and found.data_ptr() == place and torch.equal(found, values) and found.grad is None
+    assert len(model.backbone.layers) == SMALL_DECODER["num_hidden_layers"]
+
+
+def doubles_gradients_of_packs(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    """The values are right; the probe's single texts are shorter than 20 tokens, its pack is longer."""
+    return output + (output - output.detach()) if output.shape[1] > 20 else output
+
+
+def fails_with_gradients(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    if torch.is_grad_enabled() and output.shape[1] > 20:
+        raise NotImplementedError("no backward kernel for heads of 8")
+    return output
+
+
+@pytest.mark.parametrize(
+    ("hook", "reason"),
+    [
+        (doubles_gradients_of_packs, "the gradients of a probe pack differ from its texts'"),
+        (fails_with_gradients, "a probe pack fails in it: no backward kernel for heads of 8"),
+    ],
+)
+def test_packs_that_only_score_on_a_device_are_not_trained_on_it(
+    hook: Any, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_model("llama", torch.float32)
+    assert model.enable_packing() is None
+    accelerator = Accelerator(cpu=True)
+    assert confirm_packing(model, "packed", accelerator, wanted="packed", precision="fp32") == "packed"
+    model.backbone.layers[0].mlp.register_forward_hook(hook)
+    assert resolve_packing(model, "auto") == "shared", "scores alone show nothing"
+    assert confirm_packing(model, "shared", accelerator, wanted="auto", precision="fp32") == "off"
+    assert f"packs cannot be trained on cpu with this model: {reason}" in capsys.readouterr().err
+    with pytest.raises(ContrastRMError, match=r"use --packing auto or off"):
+        confirm_packing(model, "shared", accelerator, wanted="shared", precision="fp32")
+
+
+# --- flex attention as it is compiled on a GPU, up to the point where kernels are made
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (40, None), (None, 5.0), (40, 5.0)])
+def test_flex_attention_is_compiled_once_for_all_lengths(
+    window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.nn.attention import flex_attention as module
+
+    # Its CPU kernels have no gradients; the graphs of both passes, made before any kernel, are those of a GPU.
+    monkeypatch.setattr(module, "_validate_device", lambda *tensors: None)
+    heads, key_heads, width = 6, 2, 16
+    torch._dynamo.reset()
+    graphs = []
+    # Some packs have as many blocks as there are heads, key heads, numbers in a head: sizes that are equal by chance.
+    for n_blocks in (heads, key_heads, width, 5, 9, 3):
+        length = n_blocks * attention.FLEX_BLOCK
+        sequences = [list(range(length - 100)), [*range(50), *range(5000, 5050)]]
+        layout = build_pack(sequences, multiple_of=attention.FLEX_BLOCK).layout
+        assert layout.n_tokens == length
+        shapes = ((heads, width), (key_heads, width), (key_heads, width))
+        query, key, value = (torch.randn(1, n, length, size, requires_grad=True) for n, size in shapes)
+        options: dict[str, Any] = {"scale": 0.3, "window": window, "softcap": softcap}
+        output = attention._flex(query, key, value, layout, compiler="aot_eager", **options)
+        expected = attention.packed_attention(query, key, value, layout, backend="dense", **options)
+        torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)
+        weights = torch.randn_like(output)
+        found = torch.autograd.grad((output * weights).sum(), (query, key, value))
+        wanted = torch.autograd.grad((expected * weights).sum(), (query, key, value))
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs == [graphs[0]] * len(graphs), "another length was compiled again"
+
+
+def test_a_process_with_many_kinds_of_attention_keeps_it_compiled() -> None:
+    """The compiler's own limit is eight: beyond it, it runs uncompiled without a word and builds the matrix of all pairs."""
+    torch._dynamo.reset()
+    layout = build_pack([list(range(256))]).layout
+    graphs = []
+    for heads in range(1, 13):
+        query = torch.randn(1, heads, 256, 16)
+        attention._flex(query, query, query, layout, scale=0.25, window=None, softcap=None, compiler="aot_eager")
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert np.diff(graphs).tolist() == [1] * 11
+
+
 # --- the scorer
 
 
 class Narrow(torch.nn.Module):
     """A device that holds no more than some tokens: what a full card does."""
 
-    def __init__(self, model: RewardModel, limit: int) -> None:
+    def __init__(self, model: RewardModel, limit: int, error: Exception | None = None) -> None:
         super().__init__()
         self.model, self.limit = model, limit
+        self.error = torch.OutOfMemoryError("out of memory") if error is None else error
         self.seen: list[int] = []
 
     def enable_packing(self) -> str | None:
@@ -504,7 +603,7 @@ class Narrow(torch.nn.Module):
     def forward(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.seen.append(input_ids.numel())
         if input_ids.numel() > self.limit:
-            raise torch.OutOfMemoryError("out of memory")
+            raise self.error
         scores: torch.Tensor = self.model(input_ids, *args, **kwargs)
         return scores
 
@@ -555,6 +654,31 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(packing: str, tiny_lla
     tiny = Narrow(copy.deepcopy(model), limit=longest - 1)
     with pytest.raises(ContrastRMError, match=f"a text of {longest} tokens does not fit into the memory"):
         Scorer(tiny, formatter, packing=packing, progress=False).score(texts)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_running_out_of_memory_has_many_names(error: Exception, tiny_llama_dir: Any) -> None:
+    from codes.train.reward_model import load_reward_model
+
+    model, tokenizer = load_reward_model(str(tiny_llama_dir), dtype="float32")
+    formatter = ChatFormatter(tokenizer)
+    texts = conversations(6, 3)
+    expected = Scorer(model, formatter, packing="off", progress=False).score(texts).scores
+    narrow = Narrow(model, 2 * max(len(text.input_ids) for text in formatter.encode(texts)), error)
+    result = Scorer(narrow, formatter, max_tokens_per_batch=10_000, progress=False).score(texts)
+    np.testing.assert_allclose(result.scores, expected, atol=1e-5, rtol=0)
+    assert max(narrow.seen) > narrow.limit
+    # Any other failure is none of its business.
+    broken = Narrow(model, 1, RuntimeError("CUDA error: device-side assert triggered"))
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        Scorer(broken, formatter, packing="off", progress=False).score(texts)
 
 
 def test_out_of_memory_in_step_with_other_processes_stops_instead_of_halving(tiny_llama_dir: Any) -> None:

@@ -264,10 +264,14 @@ def test_older_readers_find_the_rotary_base_the_dtype_and_the_tokenizer(rope: di
 # --- fp16: what can be seen without a GPU
 
 
+@pytest.mark.parametrize("fused", [False, True])
 def test_an_overflow_in_fp16_skips_the_step_and_the_run_goes_on(
-    tiny_base_dir: Path, train_file: Path, tmp_path: Path
+    fused: bool, tiny_base_dir: Path, train_file: Path, tmp_path: Path
 ) -> None:
-    """fp16 autocast and loss scaling on the CPU, with real objects: a first scale far too high makes infinite gradients."""
+    """fp16 autocast and loss scaling on the CPU, with real objects: a first scale far too high makes infinite gradients.
+
+    A fused optimizer (as ``make_optimizer`` takes it) skips by itself, without a word to accelerate.
+    """
     model, tokenizer = load_reward_model(str(tiny_base_dir), dtype="float32", require_head=False)
     assert model.enable_packing() is None
     records, _ = read_preference_file(train_file)
@@ -277,7 +281,7 @@ def test_an_overflow_in_fp16_skips_the_step_and_the_run_goes_on(
     accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, growth_interval=1000)
     try:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
         prepared, optimizer = accelerator.prepare(model, optimizer)
         plan = [list(range(10))] * 40
         trainer = Trainer(

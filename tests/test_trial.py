@@ -244,7 +244,8 @@ def test_a_budget_that_does_not_fit_is_lowered_and_a_resume_keeps_it(
     command = flags(wide_dir, train_file, out, "--packing", "shared", "--save_steps", "2")
     by_flag = limited(750, "flag", *command, "--max_tokens_per_batch", "4096")
     _, errors = by_flag.communicate(timeout=280)
-    assert by_flag.returncode == 1 and "can't allocate memory" in errors
+    assert by_flag.returncode == 2 and "can't allocate memory" in errors
+    assert "lower --max_tokens_per_batch (it is 4096)" in errors and "--resume auto" in errors
     [printed] = finish(limited(750, "try", *command))
     tokens = planned(printed)
     assert LEAST_TOKENS <= tokens < 4096 // 2

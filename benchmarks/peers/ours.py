@@ -23,6 +23,7 @@ from benchmarks.common import (
     forward_flops,
     model_fields,
     model_shape,
+    n_compiled,
     now,
     resolve_device,
     training_fields,
@@ -209,10 +210,11 @@ def run_training(
         trainer.plan = plan
         memory.reset()
         with Profile(bool(profile), place) as profiled:
-            begin = now(place)
+            compiled_before, begin = n_compiled(), now(place)
             trainer.train()
             seconds = now(place) - begin
         peak = memory.fields()
+        compiled = n_compiled() - compiled_before
     timed = [trainer.groups[index] for step in plan[warmup_steps:] for index in step]
     batches, shared_batches = (
         [batch for step in micro_batches(trainer.groups, plan, way, budget)[warmup_steps:] for batch in step]
@@ -235,6 +237,7 @@ def run_training(
         "fused_kernels": trainer.fingerprint["fused_kernels"],
         "max_tokens_per_batch": budget,
         "micro_steps": trainer.accelerator.gradient_accumulation_steps,
+        "n_compiled_while_timed": compiled,
         **profiled.fields(seconds),
     }
     result = training_fields(

@@ -35,6 +35,8 @@ from codes.common.rope import LENGTH_DEPENDENT, rope_kinds
 BACKENDS = ("segments", "flex", "dense")
 # One attention name for each implementation that a padded batch of the same model goes on using.
 _NAMES = {"sdpa": "contrastrm_sdpa", "eager": "contrastrm_eager"}
+# Of one compiled function, in one process.
+COMPILED_VARIANTS = 128
 # Flex attention works in blocks of this many tokens; a row that ends inside one would be compiled anew.
 FLEX_BLOCK = 128
 
@@ -336,18 +338,19 @@ def _sum_heads(gradient: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 @cache
-def _compiled_flex() -> Callable[..., torch.Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
+def _compiled(name: str, compiler: str) -> Callable[..., Any]:
+    """A function of the flex attention module, compiled once for all lengths.
 
-    return torch.compile(flex_attention, dynamic=True)  # type: ignore[no-any-return]
+    Beyond so many variants (dtypes, windows, soft caps, models of one process) the compiler gives up without a word: the
+    function then runs uncompiled and builds the matrix of all pairs. So there is room for many, and the attention fails rather
+    than give up. A soft cap and a scale are constants: as inputs, which all numbers are otherwise, they cannot be compiled.
+    """
+    from torch import _dynamo
+    from torch.nn.attention import flex_attention as module
 
-
-@cache
-def _compiled_block_mask() -> Callable[..., Any]:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    # Compiled, the mask of all pairs is never written. Dynamic, so that the second length is not compiled anew.
-    return torch.compile(create_block_mask, dynamic=True)
+    compiled = torch.compile(getattr(module, name), dynamic=True, fullgraph=name == "flex_attention", backend=compiler)
+    call = _dynamo.config.patch(specialize_float=True, recompile_limit=COMPILED_VARIANTS)(compiled)
+    return call  # type: ignore[no-any-return]
 
 
 def _flex(
@@ -359,12 +362,18 @@ def _flex(
     scale: float,
     window: int | None,
     softcap: float | None,
+    compiler: str | None = None,
 ) -> torch.Tensor:
-    """Flex attention; compiled on a GPU, as plain tensor operations elsewhere (slow, for tests)."""
+    """Flex attention; compiled on a GPU, as plain tensor operations elsewhere (slow, for tests).
+
+    Args:
+        compiler: A backend of ``torch.compile``; None: the default one on a GPU, none elsewhere.
+    """
     # Imported where it is used: it pulls in the compiler.
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    on_gpu = query.device.type == "cuda"
+    if compiler is None and query.device.type == "cuda":
+        compiler = "inductor"
     cache_key = ("flex", window)
     if cache_key not in layout.cache:
         until, positions = layout.until, layout.positions
@@ -374,16 +383,18 @@ def _flex(
             return seen if window is None else seen & (positions[q] - positions[k] < window)
 
         n = layout.n_tokens
-        make_mask = _compiled_block_mask() if on_gpu else create_block_mask
+        # Compiled, the mask of all pairs is never written.
+        make_mask = _compiled("create_block_mask", compiler) if compiler else create_block_mask
         layout.cache[cache_key] = make_mask(sees, None, None, n, n, device=query.device, BLOCK_SIZE=FLEX_BLOCK)
 
     def squeeze(score: torch.Tensor, batch: Any, head: Any, q: Any, k: Any) -> torch.Tensor:
         return torch.tanh(score / softcap) * softcap
 
-    attend = _compiled_flex() if on_gpu else flex_attention
+    attend = _compiled("flex_attention", compiler) if compiler else flex_attention
+    query, key = query.to(value.dtype), key.to(value.dtype)
     output: torch.Tensor = attend(
-        query.to(value.dtype),
-        key.to(value.dtype),
+        query,
+        key,
         value,
         score_mod=None if softcap is None else squeeze,
         block_mask=layout.cache[cache_key],

@@ -9,6 +9,7 @@ on with the very batches that it lacks, and ends with the same bits. With severa
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections import Counter
@@ -40,6 +41,7 @@ __all__ = [
     "Scorer",
     "collate_texts",
     "default_token_budget",
+    "is_out_of_memory",
     "plan_batches",
     "resolve_packing",
 ]
@@ -48,6 +50,7 @@ PACKINGS = ("auto", "shared", "packed", "off")
 # A difference between a text alone and in its batch, in standard deviations of the scores, that rounding does not explain.
 ROUNDING_OF_FLOAT32 = 0.01
 ROUNDING_OF_HALF = 0.25
+OUT_OF_MEMORY = re.compile("out of memory|_ALLOC_FAILED|can't allocate memory", re.IGNORECASE)
 
 Computed = tuple[list[float], int]
 
@@ -120,6 +123,11 @@ def resolve_packing(model: torch.nn.Module, packing: str) -> str:
         )
     print(f"note: this model is computed in padded batches of similar length, not in packs: {reason}", file=sys.stderr)
     return "off"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a pass failed for want of memory: a CPU's allocator and libraries beside torch have no class for it."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def plan_batches(lengths: Sequence[int], max_tokens: int, limit: RopeLimit | None = None) -> list[list[int]]:
@@ -369,7 +377,9 @@ class Scorer:
         """
         try:
             return self._score_batch(rows)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             if self.accelerator is not None and self.accelerator.num_processes > 1:
                 # Every forward pass is collective there: one more on this rank would leave the others waiting for ever.
                 raise ContrastRMError(

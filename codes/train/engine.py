@@ -6,11 +6,13 @@ Used by ``python -m codes.train.train_reward_model``.
 from __future__ import annotations
 
 import os
+import sys
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 
 from codes.common.errors import ContrastRMError
 from codes.train.master_weights import MasterAdamW
@@ -18,6 +20,8 @@ from codes.train.memory import zero_stage
 from codes.train.reward_model import RewardModel
 
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+# While one rank checks a checkpoint of a hundred gigabytes, the others wait: longer than NCCL's ten minutes.
+LONGEST_WAIT = timedelta(minutes=30)
 
 
 def resolve_precision(precision: str) -> str:
@@ -38,9 +42,11 @@ def resolve_precision(precision: str) -> str:
 
 def make_accelerator(*, precision: str) -> Accelerator:
     """The one distributed engine: plain, DDP, or DeepSpeed as the launcher said; ``set_accumulation`` it before ``prepare``."""
-    distributed_cpu = not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    # Without a named backend accelerate does not see that DeepSpeed on a CPU has several processes.
-    handlers = [InitProcessGroupKwargs(backend="gloo")] if distributed_cpu else []
+    handlers = []
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Without a named backend accelerate does not see that DeepSpeed on a CPU has several processes.
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        handlers.append(InitProcessGroupKwargs(backend=backend, timeout=LONGEST_WAIT))
     return Accelerator(mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=handlers)
 
 
@@ -168,6 +174,37 @@ def smallest_of_ranks(accelerator: Accelerator, value: int) -> int:
     """The smallest value that a process has; all of them must ask."""
     found: list[int] = accelerator.gather(torch.tensor([value], device=accelerator.device)).tolist()
     return min(found)
+
+
+def autocast_dtype(model: RewardModel, precision: str) -> torch.dtype | None:
+    """What accelerate's autocast computes in; None for weights that are trained in their own dtype, without autocast."""
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return low if next(model.backbone.parameters()).dtype == torch.float32 else None
+
+
+def confirm_packing(model: RewardModel, packing: str, accelerator: Accelerator, *, wanted: str, precision: str) -> str:
+    """Try packs on the device where the model will be trained; all processes ask together.
+
+    Args:
+        packing: As ``resolve_packing`` gave it, before the model was on the device.
+        wanted: What the user asked for.
+
+    Returns:
+        ``packing``, or ``off`` where packs are not right on the device of any process, and ``wanted`` is ``auto``.
+
+    Raises:
+        ContrastRMError: Packs were asked for by name.
+    """
+    mine = model.probe_packing_on(accelerator.device, cast=autocast_dtype(model, precision))
+    reasons = [reason for reason in gather_object([mine]) if reason is not None]
+    if not reasons:
+        return packing
+    why = f"packs cannot be trained on {accelerator.device.type} with this model: {reasons[0]}"
+    if wanted != "auto":
+        raise ContrastRMError(f"{why}; use --packing auto or off")
+    if accelerator.is_main_process:
+        print(f"note: {why}; it is trained on padded batches", file=sys.stderr)
+    return "off"
 
 
 def training_device() -> torch.device:

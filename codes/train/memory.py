@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from codes.common.errors import ContrastRMError
+from codes.common.packed_attention import FLEX_BLOCK
 from codes.common.packing import build_pack
 from codes.common.scoring import default_token_budget
 from codes.train.reward_model import RewardModel
@@ -64,7 +65,7 @@ def _kept_bytes(model: RewardModel, n_tokens: int) -> int:
     device = next(model.parameters()).device
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         if model.takes_packs:
-            pack = build_pack([ids]).to(device)
+            pack = build_pack([ids], multiple_of=FLEX_BLOCK if device.type == "cuda" else 1).to(device)
             scores = model(pack.input_ids, layout=pack.layout, ends=pack.ends)
         else:
             row = torch.tensor([ids], device=device)

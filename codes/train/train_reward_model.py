@@ -45,6 +45,7 @@ from codes.train.divergence import REPORT_FILE
 from codes.train.engine import (
     PRECISIONS,
     compile_backbone,
+    confirm_packing,
     keeps_master_weights,
     make_accelerator,
     prepare,
@@ -247,7 +248,7 @@ def train(
     )
     draws, total_steps = data.draws, data.draws.total_steps
     schedule = Schedule(learning_rate, warmup_in_force(warmup_steps, total_steps), total_steps)
-    packing = resolve_packing(model, packing)
+    wanted_packing, packing = packing, resolve_packing(model, packing)
     rope = model.rope_limit
     if rope is not None and (data.max_length is None or data.max_length > rope.tokens) and is_first_process():
         print(
@@ -257,13 +258,15 @@ def train(
         )
     if torch_compile:
         compile_backbone(model, packing=packing, device=training_device())
-    costs = draws.costs(packing)
     accelerator = make_accelerator(precision="fp32" if master_weights else precision)
     if accelerator.num_processes != world_size:
         raise ContrastRMError(
             f"the launcher started {world_size} processes, accelerate sees {accelerator.num_processes}; "
             "start with bash run_training.sh"
         )
+    if packing != "off" and accelerator.device.type == "cuda":
+        packing = confirm_packing(model, packing, accelerator, wanted=wanted_packing, precision=precision)
+    costs = draws.costs(packing)
     fingerprint = {
         **data.fingerprint(),
         "model_path": model_path,

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from codes.common.errors import ContrastRMError
 from codes.common.records import write_text
+from codes.common.scoring import is_out_of_memory
 from codes.train.checkpoints import disk_errors, list_checkpoints, load_checkpoint, save_checkpoint
 from codes.train.data_utils import Group, MicroBatch, collate_groups, group_tensors, pack_groups, shard_step
 from codes.train.divergence import group_lines, write_nan_report
@@ -162,7 +163,9 @@ class Trainer:
                 started = time.perf_counter()
                 try:
                     entry = self.train_step(plan[self.step], bar.update)
-                except torch.OutOfMemoryError as error:
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
                     # Trying again on this rank alone would leave the others waiting for ever.
                     raise ContrastRMError(
                         f"out of memory in step {self.step + 1} ({str(error).splitlines()[0]}): lower "
@@ -262,7 +265,9 @@ class Trainer:
         if norm is None and hasattr(self.model, "get_global_grad_norm"):
             norm = self.model.get_global_grad_norm()
         grad_norm = None if norm is None else float(norm)
-        skipped = bool(accelerator.optimizer_step_was_skipped)
+        # A fused optimizer is told of an overflow in fp16 and skips by itself: accelerate sees a step like any other.
+        overflowed = accelerator.scaler is not None and grad_norm is not None and not math.isfinite(grad_norm)
+        skipped = overflowed or bool(accelerator.optimizer_step_was_skipped)
         if grad_norm is not None and not math.isfinite(grad_norm) and not skipped:
             raise self._diverged(
                 f"the gradient of step {self.step + 1} is {grad_norm}", step_groups, computed, loss, norm
@@ -402,7 +407,8 @@ def _step_sums(
     scores: torch.Tensor, losses: torch.Tensor, weights: torch.Tensor, group_sizes: torch.Tensor
 ) -> torch.Tensor:
     """Weighted sums ``(5,)``: loss, groups whose chosen beats every rejected, gap to the mean rejected, scores, their number."""
-    sizes = group_sizes.to(scores.device)
+    # Without waiting: the next pack is built while the device computes.
+    sizes = group_sizes.to(scores.device, non_blocking=True)
     index = torch.repeat_interleave(sizes, output_size=scores.shape[0])
     chosen_rows = torch.cumsum(sizes, dim=0) - 1
     chosen = scores[chosen_rows]

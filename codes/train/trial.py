@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import math
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,9 +16,10 @@ import numpy as np
 import torch
 
 from codes.common.borrow import borrowed
+from codes.common.scoring import is_out_of_memory
 from codes.train.data_utils import MicroBatch, count_micro_steps, shard_step
 from codes.train.draws import Draws
-from codes.train.engine import under_deepspeed
+from codes.train.engine import autocast_dtype, under_deepspeed
 from codes.train.memory import LEAST_TOKENS, device_bytes, nothing_fits, training_state_bytes
 from codes.train.objective import Objective
 from codes.train.reward_model import RewardModel
@@ -28,7 +28,6 @@ from codes.train.trainer import forward_batch
 # More than ``memory.PLANNED_SHARE``: what was measured has its temporaries in it; the rest is for fragmentation and for the
 # buffers of the engine.
 TRIED_SHARE = 0.9
-OUT_OF_MEMORY = re.compile("out of memory|_ALLOC_FAILED|can't allocate memory", re.IGNORECASE)
 
 
 def try_token_budget(
@@ -165,8 +164,7 @@ def _peak_bytes(
         with _in_training(model, device, dtype):
             peak = _compute(model, draws, batch, device, **options)
     except (RuntimeError, MemoryError) as error:
-        # A CPU's allocator has no class of its own for it, nor have the libraries that allocate beside torch on a GPU.
-        if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or OUT_OF_MEMORY.search(str(error))):
+        if not is_out_of_memory(error):
             raise
         peak = math.inf
     # Outside of the except clause: there the traceback still holds the failed pass's memory.
@@ -189,10 +187,8 @@ def _compute(
 ) -> float:
     """One micro-batch as ``Trainer.train_step`` computes it; the peak beside what was there before, 0 on a CPU."""
     on_gpu = device.type == "cuda"
-    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    # As accelerate wraps it; weights that are loaded in bfloat16 are trained without.
-    is_cast = low is not None and next(model.backbone.parameters()).dtype == torch.float32
-    forward = torch.autocast(device.type, low, enabled=is_cast)(model.forward)
+    cast = autocast_dtype(model, precision)
+    forward = torch.autocast(device.type, cast, enabled=cast is not None)(model.forward)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
