@@ -493,7 +493,7 @@ def test_a_model_that_ignores_the_layout_is_found_by_the_probe() -> None:
 
 
 @pytest.mark.parametrize("cast", [None, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_a_probe_on_the_device_leaves_the_model_as_it_was(kind: str, cast: torch.dtype | None) -> None:
     model = make_model(kind, torch.float32).train()
     assert model.enable_packing() is None
@@ -503,7 +503,6 @@ def test_a_probe_on_the_device_leaves_the_model_as_it_was(kind: str, cast: torch
     assert len(after) == len(before) and model.training
     for found, (weight, place, values) in zip(after, before, strict=True):
         assert found is weight and found.data_ptr() == place and torch.equal(found, values) and found.grad is None
-    assert len(model.backbone.layers) == SMALL_DECODER["num_hidden_layers"]
 
 
 def doubles_gradients_of_packs(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
