@@ -505,6 +505,22 @@ def test_a_probe_on_the_device_leaves_the_model_as_it_was(kind: str, cast: torch
         assert found is weight and found.data_ptr() == place and torch.equal(found, values) and found.grad is None
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3", "qwen2"])
+def test_a_probe_on_the_device_knows_windows_that_alternate(kind: str, precision: torch.dtype) -> None:
+    """The probe takes three layers of many, and the last one is of another kind than the third."""
+    size = SMALL_DECODER | {"num_hidden_layers": 6, "sliding_window": 9, "layer_types": ["sliding_attention"] * 6}
+    size["layer_types"][5 if kind != "qwen2" else 0] = "full_attention"
+    configs: dict[str, Any] = {"gemma2": Gemma2Config, "gemma3": Gemma3TextConfig, "qwen2": Qwen2Config}
+    head = {} if kind == "qwen2" else {"head_dim": 8}
+    config = configs[kind](**size, **head, **({"use_sliding_window": True} if kind == "qwen2" else {}))
+    torch.manual_seed(0)
+    model = RewardModel(AutoModelForSequenceClassification.from_config(config, dtype=precision)).eval()
+    assert model.enable_packing() is None
+    assert model.probe_packing_on(torch.device("cpu"), cast=None) is None
+    assert model.backbone.config.layer_types == size["layer_types"] and len(model.backbone.layers) == 6
+
+
 def doubles_gradients_of_packs(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
     """The values are right; the probe's single texts are shorter than 20 tokens, its pack is longer."""
     return output + (output - output.detach()) if output.shape[1] > 20 else output

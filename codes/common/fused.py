@@ -152,14 +152,20 @@ def few_layers_on(backbone: Any, device: torch.device) -> Iterator[None]:
 
     Without the dropout of an adapter, which would make every pass another one.
     """
-    layers = backbone.layers
+    layers, config = backbone.layers, backbone.config.get_text_config()
     chosen = sorted({0, min(1, len(layers) - 1), len(layers) - 1})
+    # Models choose the mask of a layer by its place, and its window by what it was made for.
+    kinds = vars(config).get("layer_types")
     backbone.layers = nn.ModuleList(layers[index] for index in chosen)
+    if kinds:
+        config.layer_types = [kinds[index] for index in chosen]
     try:
         with borrowed(backbone, device):
             yield backbone.eval()
     finally:
         backbone.layers = layers
+        if kinds:
+            config.layer_types = kinds
 
 
 def resolve_fused_kernels(model: Any, fused_kernels: str, device: torch.device, *, gradients: bool) -> str:

@@ -177,17 +177,20 @@ class RewardModel(nn.Module):
             cast: What autocast computes in there; None: no autocast.
 
         Returns:
-            None, or why packs must not be used there. The model is as it was.
+            None, or why packs must not be used there; also None where a model does not fit there whole. The model is as it was.
         """
         # Older decoders keep their layers elsewhere, and are small enough to be tried whole.
         has_layers = isinstance(getattr(self.backbone, "layers", None), nn.ModuleList)
         there = few_layers_on(self.backbone, device) if has_layers else borrowed(self.backbone, device)
-        with there, torch.autocast(device.type, cast, enabled=cast is not None):
-            self.backbone.eval()
-            part = self.backbone.layers if has_layers else self.backbone
-            trained = [weight for weight in part.parameters() if weight.requires_grad]
-            with torch.enable_grad():
+        try:
+            with there, torch.autocast(device.type, cast, enabled=cast is not None), torch.enable_grad():
+                self.backbone.eval()
+                part = self.backbone.layers if has_layers else self.backbone
+                trained = [weight for weight in part.parameters() if weight.requires_grad]
                 return self._probe_packing(trained, is_cast=cast is not None)
+        except torch.OutOfMemoryError:
+            # A model that is split over devices may still be trained.
+            return None
 
     def _probe_packing(self, trained: Sequence[torch.Tensor] = (), *, is_cast: bool = False) -> str | None:
         """Compare a small pack with its sequences one by one: what a model does not say of itself shows here.
@@ -213,7 +216,8 @@ class RewardModel(nn.Module):
                     for ids in sequences
                 ]
             )
-            direction = torch.randn(alone.shape, generator=generator).to(alone)
+            # Short: in fp16, without the scale that a loss has in training, gradients overflow easily.
+            direction = torch.randn(alone.shape, generator=generator).to(alone) / alone.numel() ** 0.5
             expected = _gradients(alone, direction, trained)
             try:
                 together = self._pooled(pack.input_ids, None, pack.layout, pack.ends)
@@ -229,6 +233,9 @@ class RewardModel(nn.Module):
         is_full = weight.dtype in (torch.float32, torch.float64) and not is_cast
         if not error <= (PROBE_TOLERANCE if is_full else PROBE_TOLERANCE_HALF):
             return f"a probe pack differs from its texts alone (relative error {error:.1e})"
+        if not all(bool(gradient.isfinite().all()) for gradient in expected):
+            # They overflow without packs too, and so say nothing of them.
+            return None
         error = _relative_error(found, expected)
         allowed = PROBE_GRADIENT_TOLERANCE if is_full else PROBE_GRADIENT_TOLERANCE_HALF
         return None if error <= allowed else f"the gradients of a probe pack differ from its texts' (by {error:.1e})"

@@ -168,7 +168,7 @@ class Trainer:
                         raise
                     # Trying again on this rank alone would leave the others waiting for ever.
                     raise ContrastRMError(
-                        f"out of memory in step {self.step + 1} ({str(error).splitlines()[0]}): lower "
+                        f"out of memory in step {self.step + 1} ({(str(error) or type(error).__name__).splitlines()[0]}): lower "
                         f"--max_tokens_per_batch (it is {self.max_tokens_per_batch}) or set --gradient_checkpointing 1, "
                         "then continue from the last checkpoint with --resume auto"
                     ) from error
