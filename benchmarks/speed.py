@@ -18,7 +18,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,25 @@ def trl_python() -> Path:
     return REPO_ROOT / os.environ.get("TRL_VENV", TRL_VENV) / "bin" / "python"
 
 
+@contextmanager
+def stops_wait() -> Iterator[None]:
+    """Ctrl-C and SIGTERM are raised at the end of the block: a child that is only half started would be nobody's.
+
+    Raises:
+        KeyboardInterrupt: One of them came.
+    """
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(number, lambda number, _: came.append(number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
+
+
 def measure_once(peer: Run, *, number: int, threads: int, device: str, log: Path) -> dict[str, Any]:
     """Run a peer to its end: its JSON line, or why there is none.
 
@@ -81,21 +101,20 @@ def measure_once(peer: Run, *, number: int, threads: int, device: str, log: Path
         "" if device == "cpu" else os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     )
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w", encoding="utf-8") as errors:
-        done = subprocess.run(
-            [str(python), "-m", peer.module, *peer.arguments, *(("--part", str(number)) if peer.in_parts else ())],
-            cwd=REPO_ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            check=False,
-        )
-    if done.returncode == 0 and done.stdout.strip():
-        line: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    command = [str(python), "-m", peer.module, *peer.arguments, *(("--part", str(number)) if peer.in_parts else ())]
+    with log.open("w", encoding="utf-8") as errors, ExitStack() as children:
+        with stops_wait():
+            child = subprocess.Popen(
+                command, cwd=REPO_ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+            children.enter_context(child)
+            children.callback(child.kill)
+        printed = child.communicate()[0].strip()
+    if child.returncode == 0 and printed:
+        line: dict[str, Any] = json.loads(printed.splitlines()[-1])
         return line
     said = log.read_text(encoding="utf-8", errors="replace").replace(str(REPO_ROOT), ".").strip().splitlines()
-    return {"failed": f"exit code {done.returncode}: {said[-1][:200] if said else 'no output'}"}
+    return {"failed": f"exit code {child.returncode}: {said[-1][:200] if said else 'no output'}"}
 
 
 def run_suite(

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -639,31 +640,53 @@ def test_a_peer_that_cannot_run_is_named_and_tried_again(
     assert len(speed_report.latest_of_each(lines)) == 1
 
 
-def test_a_stopped_runner_takes_its_peer_along(model_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["its peer is being started", "its peer computes"])
+def test_a_stopped_runner_takes_its_peer_along(model_dir: Path, tmp_path: Path, when: str) -> None:
     options = ["--model_path", model_dir, "--device", "cpu", "--threads", 1, "--seconds", 1000]
     options += ["--output_dir", tmp_path, "--results_dir", tmp_path / "results"]
     runner = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.speed", "gemm", *map(str, options)],
         cwd=REPO_ROOT,
-        env={**os.environ, "PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"},
+        # Its children inherit the mark: they are found when their parent has gone, too.
+        env={**os.environ, "PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1", "MARK_OF_TEST": str(tmp_path)},
         stderr=subprocess.PIPE,
         text=True,
     )
+
+    def peers() -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.pid != runner.pid and process.environ().get("MARK_OF_TEST") == str(tmp_path):
+                    found.append(process)
+        return found
+
     try:
-        peer = None
-        # Its log is there: the runner waits for this child and for no other. It computes: nobody is in the middle of starting it.
-        while runner.poll() is None and not (peer and peer.cpu_times().user > 0.5):
+        # Its log is opened right before the peer is started.
+        while runner.poll() is None and not list(tmp_path.glob("logs/gemm-*.log")):
+            time.sleep(0.0002)
+        while runner.poll() is None and when == "its peer computes":
+            if any("gemm_rate" in " ".join(peer.cmdline()) and peer.cpu_times().user > 0.5 for peer in peers()):
+                break
             time.sleep(0.1)
-            if list(tmp_path.glob("logs/gemm-*.log")):
-                peer = next(iter(psutil.Process(runner.pid).children()), None)
-        assert peer is not None, runner.communicate()[1][-2000:]
         runner.send_signal(signal.SIGTERM)
         _, errors = runner.communicate(timeout=120)
+        assert runner.returncode == 130 and "interrupted" in errors
+        assert peers() == []
     finally:
-        runner.kill()
-    assert runner.returncode == 130 and "interrupted" in errors
-    assert not peer.is_running()
+        for process in [runner, *peers()]:
+            process.kill()
     assert not (tmp_path / "gemm.jsonl").exists()  # a run that was stopped is no result
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_waits_until_a_child_is_known(number: int) -> None:
+    before = signal.getsignal(number)
+    done = []
+    with pytest.raises(KeyboardInterrupt), speed.stops_wait():
+        signal.raise_signal(number)
+        done.append("the rest of the block")
+    assert done and signal.getsignal(number) == before
 
 
 def test_ratios_are_taken_within_rounds() -> None:
