@@ -163,7 +163,6 @@ def run_suite(
                 "title": suite.title,
                 "kind": suite.kind,
                 "dtype": suite.dtype,
-                "baselines": list(suite.baselines),
                 "session": session,
                 "round": number,
                 "run": one.name,

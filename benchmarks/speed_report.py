@@ -26,6 +26,8 @@ UNITS = {"training": "groups/s", "scoring": "texts/s"}
 DEFAULT = "ours.shared"
 # Runs that are no peers.
 NOT_COMPARED = (GEMM, PROFILED)
+# How the names of the runs begin that the tables give ratios to.
+BASELINES = ("original_loop", "pipeline", "sorted_padded", "trl")
 # A busy machine slows all peers down, but not all alike.
 QUIET_LOAD = 1.5
 
@@ -99,11 +101,11 @@ def conditions(lines: Sequence[Line]) -> list[str]:
 def comparison_section(lines: Sequence[Line], scenario: str, peak_tflops: float | None) -> Section:
     """One table: a row for each peer of a scenario."""
     mine = [line for line in lines if line["scenario"] == scenario and line["run"] not in NOT_COMPARED]
-    kind, dtype, baselines = mine[0]["kind"], mine[0]["dtype"], mine[0]["baselines"]
+    kind, dtype = mine[0]["kind"], mine[0]["dtype"]
     by_run = {line["run"]: line for line in mine}
     order = sorted(by_run.values(), key=lambda line: line["position"])
     rates = {run: rounds_of(mine, run) for run in by_run}
-    known = [name for name in baselines if rates.get(name)]
+    known = baselines(mine)
     # The same texts need the same work, whoever does it.
     useful = next((line["useful_flops"] for line in mine if "useful_flops" in line), None)
     gemm = gemm_gflops(of_scenario(lines, scenario), dtype)
@@ -115,11 +117,17 @@ def comparison_section(lines: Sequence[Line], scenario: str, peak_tflops: float 
     return Section(scenario or "Result", comparison_notes(mine, useful, gemm, peak_tflops), header, rows)
 
 
+def baselines(lines: Iterable[Line]) -> list[str]:
+    """The runs that the others are compared with, as far as they came to an end."""
+    done = sorted((line for line in lines if "failed" not in line), key=lambda line: line["position"])
+    return list(dict.fromkeys(line["run"] for line in done if line["run"].startswith(BASELINES)))
+
+
 def comparison_row(
     line: Line,
     lines: Sequence[Line],
     rates: dict[str, dict[int, float]],
-    baselines: Sequence[str],
+    compared_with: Sequence[str],
     useful: int | None,
     peak: float | None,
 ) -> list[str]:
@@ -127,9 +135,9 @@ def comparison_row(
     run = line["run"]
     found = list(rates[run].values())
     if not found:
-        return [line["label"], "not measured", line["failed"], *[""] * (len(baselines) + 5)]
+        return [line["label"], "not measured", line["failed"], *[""] * (len(compared_with) + 5)]
     done = [one for one in lines if one["run"] == run and "failed" not in one]
-    ratios = [times_faster(lines, run, name) for name in baselines]
+    ratios = [times_faster(lines, run, name) for name in compared_with]
     seconds = typical_seconds(done)
     rate = useful / seconds / 1e9 if useful else None
     # Another part has other texts.
@@ -193,7 +201,7 @@ def comparison_notes(
             "run's own plan of all texts. The seconds of all parts measured, by their share of the floating-point operations, "
             "stand for the whole; from smallest to largest are single parts."
         )
-        notes += [text for run in lines[0]["baselines"] if (text := uncertainty(done, run)) is not None]
+        notes += [text for run in baselines(done) if (text := uncertainty(done, run)) is not None]
     compiled = [line["label"] for line in done if line.get("n_compiled_while_timed")]
     if compiled:
         notes.append(

@@ -102,7 +102,6 @@ class Suite:
     Attributes:
         kind: ``training``, ``scoring``, ``gemm_rate`` or ``growth``.
         dtype: Of the matrix multiplications that the rates are compared with.
-        baselines: Names of the runs that the table gives ratios to.
         inputs: What the results depend on beside the code: hashes of files and weights.
     """
 
@@ -111,7 +110,6 @@ class Suite:
     kind: str
     dtype: str
     runs: tuple[Run, ...]
-    baselines: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
 
 
@@ -230,7 +228,7 @@ def scoring_suite(name: str, options: Options) -> Suite:
     title = f"Scoring {percent:g} % of the questions of {data}, {precision}"
     if options.parts > 1:
         runs = [run if run.name == GEMM else replace(run, in_parts=True) for run in runs]
-    return Suite(name, title, "scoring", precision, tuple(runs), ("original_loop", "pipeline"), inputs)
+    return Suite(name, title, "scoring", precision, tuple(runs), inputs)
 
 
 OUR_LABELS = {
@@ -262,12 +260,7 @@ def training_suite(name: str, defaults: TrainingDefaults, dtype: str, options: O
     what = "pairs" if defaults.answers == 2 else f"groups of {defaults.answers}"
     title = f"Training on {what}, {dtype}"
     inputs = (_weights(options.model_path), f"{train_file.name} {file_sha256(train_file)}")
-    return Suite(name, title, "training", dtype, runs, _baselines(runs), inputs)
-
-
-def _baselines(runs: Sequence[Run]) -> tuple[str, ...]:
-    names = [run.name for run in runs if run.name.startswith(("original_loop", "trl"))]
-    return tuple(dict.fromkeys(names))
+    return Suite(name, title, "training", dtype, runs, inputs)
 
 
 def training_runs(
@@ -388,7 +381,7 @@ def gpu_suite(options: Options) -> Suite:
                     scenario=f"{shape}, prompts of {prompt} tokens, groups of {answers}",
                 )
     title = "Training randomly initialised Qwen2.5 shapes on groups of random words, bfloat16"
-    return Suite("gpu", title, "training", "bfloat16", tuple(runs), _baselines(runs), tuple(inputs))
+    return Suite("gpu", title, "training", "bfloat16", tuple(runs), tuple(inputs))
 
 
 def write_rows(options: Options, *, answers: int, n: int) -> Path:

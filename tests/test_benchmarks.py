@@ -689,6 +689,25 @@ def test_a_stop_waits_until_a_child_is_known(number: int) -> None:
     assert done and signal.getsignal(number) == before
 
 
+def test_every_baseline_that_came_to_an_end_is_compared_with() -> None:
+    runs = [
+        "gemm",
+        "original_loop.autocast",
+        "sorted_padded.bfloat16",
+        "trl.autocast",
+        "pipeline",
+        "ours.off",
+        "ours.shared",
+    ]
+    lines: list[Line] = [{"run": run, "position": position} for position, run in enumerate(runs)]
+    lines[3]["failed"] = "no environment"
+    assert speed_report.baselines([*lines[::-1], *lines]) == [
+        "original_loop.autocast",
+        "sorted_padded.bfloat16",
+        "pipeline",
+    ]
+
+
 def test_ratios_are_taken_within_rounds() -> None:
     assert speed_report.ratio_within_rounds({0: 2.0, 1: 9.0}, {0: 1.0, 1: 3.0, 2: 50.0}) == 2.5
     assert speed_report.ratio_within_rounds({0: 2.0}, {1: 1.0}) is None
