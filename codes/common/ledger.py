@@ -18,8 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, TypeAlias
 
-from filelock import FileLock, Timeout
-
+from codes.common import files
 from codes.common.errors import ContrastRMError
 from codes.common.llm_outcomes import Completion, RowError
 
@@ -102,16 +101,13 @@ class Ledger:
         self._mutex = threading.Lock()
         self._closers: list[Callable[[], None]] = []
         self._broken: str | None = None
-        self._lock = FileLock(f"{self.path}.lock", timeout=0)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
-        except Timeout:
-            message = f"another run is using {self.path}; wait for it to end, or choose another --work_dir"
-            raise ContrastRMError(message) from None
         except OSError as error:
             reason = error.strerror or error
             raise ContrastRMError(f"cannot write {self.path}: {reason}; choose another --work_dir") from error
+        in_use = f"another run is using {self.path}; wait for it to end, or choose another --work_dir"
+        self._lock = files.acquire(f"{self.path}.lock", in_use)
         try:
             self._offsets, self._end = _index(self.path)
             # Unbuffered: what a full disk refuses must not lie in a buffer and come back at the end.

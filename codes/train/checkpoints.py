@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
@@ -28,6 +27,7 @@ from safetensors import SafetensorError
 
 from codes.common.cli import non_negative_float
 from codes.common.errors import ContrastRMError
+from codes.common.files import hold, sync
 from codes.common.records import ensure_writable_folder, file_sha256, write_json
 from codes.train.signals import is_lost_peer
 
@@ -142,15 +142,6 @@ def _sealed(folder: Path, path: Path) -> dict[str, Any]:
     """Flush a file to disk; its line of the manifest."""
     sync(path)
     return {"path": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
-
-
-def sync(path: Path) -> None:
-    """Flush a file or a folder's list of names to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(checkpoint: Path) -> None:
@@ -350,15 +341,6 @@ def hold_folder(output_dir: str) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0":
         yield
         return
-    lock = filelock.FileLock(ensure_writable_folder(output_dir) / LOCK_FILE)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise ContrastRMError(
-            f"another run is writing in {output_dir} (a process that was left over, perhaps): stop it, or choose another "
-            "--output_dir"
-        ) from error
-    try:
+    in_use = f"another run is writing in {output_dir} (left over, perhaps): stop it, or choose another --output_dir"
+    with hold(ensure_writable_folder(output_dir) / LOCK_FILE, in_use):
         yield
-    finally:
-        lock.release()

@@ -17,21 +17,21 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, overload
 
 import numpy as np
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from codes.common import chat, packing, records
 from codes.common.biases import INJECTABLE
 from codes.common.chat import ChatFormatter, Conversation, EncodedText
 from codes.common.errors import ContrastRMError
+from codes.common.files import hold, sync
 from codes.common.packing import MIN_SHARED_TOKENS, common_prefix, shared_tokens
 from codes.common.records import PreferenceRecord, ensure_writable_folder, write_json
 from codes.train import data_utils, sources
@@ -59,7 +59,6 @@ FILES: Mapping[str, str] = {
 }
 # Records that are tokenised at once.
 CHUNK = 256
-WAIT_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -300,7 +299,8 @@ def load_training_groups(
 
     cache = opened()
     if cache is None:
-        with _lock(folder):
+        in_use = f"waiting for the process that writes the token cache {folder}"
+        with hold(folder.with_name(f".{folder.name}.lock"), in_use, wait=True):
             cache = opened()
             if cache is None:
                 _write(folder, key, chosen, identities, formatter, negatives, limit, max_bad_rows, aside)
@@ -375,27 +375,6 @@ def _damage(folder: Path, key: str) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-    try:
-        try:
-            lock.acquire(timeout=WAIT_SECONDS)
-        except Timeout:
-            print(f"waiting for the process that writes the token cache {folder}", file=sys.stderr, flush=True)
-            lock.acquire()
-    # NotImplementedError: a file system without locks.
-    except (OSError, NotImplementedError) as error:
-        raise ContrastRMError(
-            f"cannot lock {lock.lock_file}: {getattr(error, 'strerror', None) or error}; give a --cache_dir on a disk that "
-            "knows file locks"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class _Writer:
@@ -537,11 +516,7 @@ def _put_in_place(scratch: Path, folder: Path) -> None:
         os.replace(folder, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
     os.replace(scratch, folder)
-    descriptor = os.open(folder.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(folder.parent)
 
 
 def _write_source(
