@@ -11,6 +11,9 @@
 #   SKIP_SETUP=1        check and install nothing
 #   DRY_RUN=1           print the commands; check, install and run nothing
 
+# What another launcher left in this shell must not change what ours start: they say everything themselves.
+unset WORLD_SIZE RANK LOCAL_RANK MPLBACKEND "${!ACCELERATE_@}" "${!FSDP_@}" "${!PET_@}"
+
 CONTRASTRM_ROOT="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$CONTRASTRM_ROOT/.venv"
 STAMP="$VENV/.contrastrm-requirements"

@@ -143,7 +143,8 @@ def test_a_device_of_all_processes_is_refused(tiny_llama_dir: Path, monkeypatch:
     with pytest.raises(ContrastRMError, match="would put every process of this launch on one device"):
         scorer_setup.choose_device("cuda:0", in_launch=True)
     # A reward server, which one process asks, leaves nothing for the others.
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as ended:
         load_scorer(model_path="my-server", reward_url="http://127.0.0.1:9")
     assert ended.value.code == 0

@@ -18,6 +18,9 @@ EXIT_ROWS_MISSING = 3
 # Asked to stop (SIGTERM, SIGUSR1) and stopped with everything saved: the same command goes on. EX_TEMPFAIL of sysexits.h.
 EXIT_STOPPED = 75
 EXIT_INTERRUPTED = 130
+# What launchers of several processes set for each of them.
+LAUNCH_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCH_PREFIXES = ("ACCELERATE_", "FSDP_", "PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")
 
 
 def run(main: Callable[[list[str] | None], int]) -> NoReturn:
@@ -27,9 +30,10 @@ def run(main: Callable[[list[str] | None], int]) -> NoReturn:
     Any other exception is a bug in this project and keeps its traceback. Of several processes of one launch only the
     first prints results.
     """
-    if int(os.environ.get("RANK", "0")) > 0:
-        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  # until the process ends
     try:
+        forget_other_launches()
+        if not is_first_process():
+            sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  # until the process ends
         code = main(None)
     except ContrastRMError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -41,8 +45,48 @@ def run(main: Callable[[list[str] | None], int]) -> NoReturn:
 
 
 def launched_processes() -> int:
-    """How many processes ``accelerate launch`` (or ``torchrun``) has started together with this one, itself included."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes ``accelerate launch`` (or ``torchrun``) has started together with this one, itself included.
+
+    Raises:
+        ContrastRMError: The variables that a launcher sets are there in part, or contradict each other.
+    """
+    text = os.environ.get("WORLD_SIZE") or "1"
+    world_size = int(text) if text.isascii() and text.isdigit() else 0
+    if world_size > 1:
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        rank = os.environ.get("RANK", "")
+        if missing or not (rank.isascii() and rank.isdigit() and int(rank) < world_size):
+            world_size = 0
+    if world_size < 1:
+        said = ", ".join(f"{name}={os.environ[name]}" for name in LAUNCH_VARIABLES if name in os.environ)
+        raise ContrastRMError(
+            f"the environment says {said}, which no launcher of several processes sets like this: unset WORLD_SIZE, and "
+            "start several processes with NUM_PROCESSES of the run_*.sh, accelerate launch or torchrun"
+        )
+    return world_size
+
+
+def process_index() -> int:
+    """The number of this process in its launch: 0, 1, ..."""
+    return int(os.environ["RANK"]) if launched_processes() > 1 else 0
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that reports, of however many the launcher started."""
+    return process_index() == 0
+
+
+def forget_other_launches() -> None:
+    """Take out of the environment what another launcher left there, where nothing launched this process.
+
+    accelerate, torch and DeepSpeed read these variables wherever they come from: a job script's RANK or a shell that was
+    opened inside a launch would change what a single process does.
+    """
+    if os.environ.get("WORLD_SIZE"):
+        return
+    for name in list(os.environ):
+        if name in LAUNCH_VARIABLES or name.startswith(LAUNCH_PREFIXES):
+            del os.environ[name]
 
 
 def positive(text: str) -> int:

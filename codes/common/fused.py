@@ -8,7 +8,6 @@ left out for that reason: their function belongs to a whole module of transforme
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from codes.common.borrow import borrowed
+from codes.common.cli import is_first_process
 from codes.common.errors import ContrastRMError
 
 FUSED_KERNELS = ("auto", "off")
@@ -189,6 +189,6 @@ def resolve_fused_kernels(model: Any, fused_kernels: str, device: torch.device, 
     reason = model.enable_fused_kernels(device, gradients=gradients)
     if reason is None:
         return version
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         print(f"note: the fused kernels of liger-kernel are not used with this model: {reason}", file=sys.stderr)
     return OFF

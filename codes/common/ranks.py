@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # Between two batches the leader may read, write and draw for as long as it likes. Its death ends the wait at once.
 LONGEST_WAIT = timedelta(days=7)
+# Processes that were started together load libraries for seconds, on a slow disk for minutes, before they meet.
+LONGEST_MEETING = timedelta(minutes=10)
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")
@@ -41,6 +43,7 @@ class Ranks(Generic[Work, Result]):
     def __init__(self, compute: Callable[[Work], Result], state: PartialState) -> None:
         self._compute = compute
         self.size, self.index = int(state.num_processes), int(state.process_index)
+        self._group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
         self._in_round = False
         if self.index == 0:
             atexit.register(self.dismiss)
@@ -89,13 +92,13 @@ class Ranks(Generic[Work, Result]):
     def _scattered(self, pieces: list[Any] | None) -> Any:
         received: list[Any] = [None]
         with _named_loss():
-            dist.scatter_object_list(received, pieces, src=0)
+            dist.scatter_object_list(received, pieces, src=0, group=self._group)
         return received[0]
 
     def _gathered(self, outcome: Any) -> list[Any]:
         outcomes: list[Any] | None = [None] * self.size if self.index == 0 else None
         with _named_loss():
-            dist.gather_object(outcome, outcomes, dst=0)
+            dist.gather_object(outcome, outcomes, dst=0, group=self._group)
         return outcomes or []
 
 
@@ -123,9 +126,13 @@ def join_launch() -> PartialState | None:
     from accelerate import PartialState
 
     try:
-        state = PartialState(cpu=not torch.cuda.is_available(), backend="gloo", timeout=LONGEST_WAIT)
+        state = PartialState(cpu=not torch.cuda.is_available(), backend="gloo", timeout=LONGEST_MEETING)
     except (RuntimeError, ValueError) as error:
-        raise ContrastRMError(f"the processes of this launch do not find each other: {error}") from error
+        reason = str(error).strip().splitlines()[0]
+        raise ContrastRMError(
+            f"the {launched_processes()} processes of this launch do not find each other ({reason}); if there is to be one "
+            "process, unset WORLD_SIZE"
+        ) from error
     if state.num_processes != launched_processes():
         raise ContrastRMError(
             f"the launcher started {launched_processes()} processes, accelerate sees {state.num_processes}; "

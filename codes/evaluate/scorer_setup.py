@@ -29,7 +29,7 @@ from huggingface_hub import snapshot_download
 
 from codes.common.base_model import model_hash, resolve_model_path
 from codes.common.chat import OVERLENGTH_POLICIES, ChatFormatter, Conversation
-from codes.common.cli import natural
+from codes.common.cli import is_first_process, natural
 from codes.common.errors import ContrastRMError
 from codes.common.fused import FUSED_KERNELS, resolve_fused_kernels
 from codes.common.ranks import Ranks, join_launch, local_device
@@ -284,7 +284,7 @@ class StoredScorer:
 
 def _leave_to_the_first_process() -> None:
     """End the other processes of a launch where there is nothing to share out."""
-    if int(os.environ.get("RANK", "0")) > 0:
+    if not is_first_process():
         sys.exit(0)
 
 

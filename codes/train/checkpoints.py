@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from safetensors import SafetensorError
 
-from codes.common.cli import non_negative_float
+from codes.common.cli import is_first_process, non_negative_float
 from codes.common.errors import ContrastRMError
 from codes.common.files import hold, sync
 from codes.common.records import ensure_writable_folder, file_sha256, write_json
@@ -338,7 +338,7 @@ def hold_folder(output_dir: str) -> Iterator[None]:
     Raises:
         ContrastRMError: Another run is at work there.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_process():
         yield
         return
     in_use = f"another run is writing in {output_dir} (left over, perhaps): stop it, or choose another --output_dir"

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, gather_object
 
+from codes.common.cli import launched_processes
 from codes.common.errors import ContrastRMError
 from codes.train.master_weights import MasterAdamW
 from codes.train.memory import zero_stage
@@ -43,7 +44,7 @@ def resolve_precision(precision: str) -> str:
 def make_accelerator(*, precision: str) -> Accelerator:
     """The one distributed engine: plain, DDP, or DeepSpeed as the launcher said; ``set_accumulation`` it before ``prepare``."""
     handlers = []
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched_processes() > 1:
         # Without a named backend accelerate does not see that DeepSpeed on a CPU has several processes.
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         handlers.append(InitProcessGroupKwargs(backend=backend, timeout=LONGEST_WAIT))
@@ -98,7 +99,7 @@ def make_optimizer(
 
 def keeps_master_weights(precision: str) -> bool:
     """Whether this process keeps float32 masters of bf16 weights itself (several processes go through DeepSpeed)."""
-    return precision == "bf16" and int(os.environ.get("WORLD_SIZE", "1")) == 1 and not under_deepspeed()
+    return precision == "bf16" and launched_processes() == 1 and not under_deepspeed()
 
 
 def prepare(

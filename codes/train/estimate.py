@@ -7,7 +7,6 @@ Run: ``python -m codes.train.train_reward_model --estimate 1 --train_file data/t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -254,8 +253,3 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in cells).rstrip()
         for cells in (list(enumerate(zip(row, widths, strict=True))) for row in [head, *rows])
     ]
-
-
-def is_first_process() -> bool:
-    """Whether this is the process that reports, of however many the launcher started."""
-    return os.environ.get("RANK", "0") == "0"

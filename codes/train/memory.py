@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from codes.common.cli import launched_processes
 from codes.common.errors import ContrastRMError
 from codes.common.packed_attention import FLEX_BLOCK
 from codes.common.packing import build_pack
@@ -153,7 +154,7 @@ def device_bytes(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return min(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count()))
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or launched_processes())
     meminfo = Path("/proc/meminfo")
     lines = meminfo.read_text(encoding="ascii").splitlines() if meminfo.is_file() else []
     kilobytes = next((int(line.split()[1]) for line in lines if line.startswith("MemTotal:")), 16 * 2**20)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from codes.common.cli import EXIT_USER_ERROR
+from codes.common.cli import EXIT_USER_ERROR, is_first_process, launched_processes
 from codes.common.errors import ContrastRMError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -74,7 +74,7 @@ class StopSignals:
         now = time.monotonic()
         if self.requested is None:
             self.requested, self._since = signal.Signals(number), now
-            if os.environ.get("RANK", "0") == "0":
+            if is_first_process():
                 # Not print: the signal may have come in the middle of one.
                 text = f"\n{self.requested.name}: stopping after this step, with a checkpoint; SIGTERM again stops at once\n"
                 os.write(2, text.encode())
@@ -127,4 +127,4 @@ def failures_told() -> Iterator[None]:
 
 def is_lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because another rank is gone."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and LOST_PEER.search(str(error)) is not None
+    return launched_processes() > 1 and LOST_PEER.search(str(error)) is not None

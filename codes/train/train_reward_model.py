@@ -10,7 +10,6 @@ Run: ``python -m codes.train.train_reward_model --train_file data/train/own_trai
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 import time
@@ -24,7 +23,16 @@ from accelerate.utils import set_seed
 
 from codes.common.base_model import resolve_model_path
 from codes.common.chat import OVERLENGTH_POLICIES, ChatFormatter
-from codes.common.cli import EXIT_STOPPED, natural, non_negative_float, positive, positive_float, run
+from codes.common.cli import (
+    EXIT_STOPPED,
+    is_first_process,
+    launched_processes,
+    natural,
+    non_negative_float,
+    positive,
+    positive_float,
+    run,
+)
 from codes.common.errors import ContrastRMError
 from codes.common.fused import FUSED_KERNELS, resolve_fused_kernels
 from codes.common.records import ensure_writable_folder, write_json, write_jsonl
@@ -55,7 +63,7 @@ from codes.train.engine import (
     training_device,
     under_deepspeed,
 )
-from codes.train.estimate import estimate, is_first_process, stop_on_contamination
+from codes.train.estimate import estimate, stop_on_contamination
 from codes.train.held_out import (
     HELD_OUT_FILE,
     add_held_out_arguments,
@@ -217,7 +225,7 @@ def train(
         )
         stop_on_contamination(found, fail=True)
     precision = resolve_precision(precision)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = launched_processes()
     # Loaded before the accelerator exists: under ZeRO-3 transformers would build the model in pieces already, and a new
     # score head needs its shape. DeepSpeed splits the weights when it takes the model over.
     master_weights = keeps_master_weights(precision)
@@ -616,7 +624,7 @@ def main(argv: list[str] | None = None) -> int:
         with StopSignals() as stop, failures_told(), hold_folder(options["output_dir"]):
             train(objective=objective, stop=stop, **options)
     except RunStopped as stopped:
-        if os.environ.get("RANK", "0") == "0":
+        if is_first_process():
             print(stopped, flush=True)
         # A launcher would make a failure of it, with a traceback; its shell is told instead.
         return 0 if tell_launcher(f"exit {EXIT_STOPPED}") else EXIT_STOPPED
