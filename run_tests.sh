@@ -26,6 +26,7 @@ check "ruff check" "$PYTHON" -m ruff check .
 check "ruff format" "$PYTHON" -m ruff format --check .
 check "mypy" "$PYTHON" -m mypy codes
 check "shellcheck" shellcheck --external-sources "${shell_files[@]}"
-# pytest comes last: its closing line is this script's.
-check "pytest" "$PYTHON" -m pytest "$@"
+# Two processes of one thread each are twice as fast as one of two threads, on two cores. A file's tests stay together,
+# because they share what they build. pytest comes last: its closing line is this script's.
+check "pytest" env OMP_NUM_THREADS=1 "$PYTHON" -m pytest --numprocesses 2 --dist loadfile "$@"
 exit "$failed"
