@@ -19,6 +19,7 @@ from codes.common import cli
 from codes.common.biases import BIASES, EVALUABLE, INJECTABLE, PAIRWISE, eval_file_name, get_bias
 from codes.common.errors import ContrastRMError, RecordError
 from codes.common.records import (
+    ChosenVariant,
     PreferenceRecord,
     check_preference_file,
     ensure_writable_folder,
@@ -27,6 +28,7 @@ from codes.common.records import (
     iter_preference_file,
     open_atomic,
     parse_preference_row,
+    prompt_field,
     read_bias_file,
     read_preference_file,
     read_refinement_file,
@@ -124,13 +126,114 @@ def test_a_short_bias_type_aligns_with_the_end() -> None:
     ]
 
 
-def test_the_content_id_depends_on_the_original_pair_only() -> None:
-    base = parse(GOOD).id
-    assert parse(GOOD | {"rejected": ["no", "later"], "bias_type": ["length"]}).id == base
-    assert parse(GOOD | {"chosen": "other"}).id != base
-    assert parse(GOOD | {"question": "other"}).id != base
-    assert parse(GOOD | {"rejected": ["other"]}).id != base
+def test_the_content_id_is_of_all_that_a_record_says() -> None:
+    several = GOOD | {"rejected": ["no", "later"]}
+    others = [
+        GOOD | {"chosen": "other"},
+        GOOD | {"question": "other"},
+        GOOD | {"system": "Be brief."},
+        GOOD | {"rejected": ["other"]},
+        several,
+        GOOD | {"rejected": ["no", "sooner"]},
+        several | {"bias_type": ["length"]},
+        several | {"margin": [None, 2]},
+        GOOD | {"chosen_variants": [{"text": "because!", "bias": "length"}]},
+        GOOD | {"similar_question": "how?"},
+        GOOD | {"source": "own"},
+    ]
+    assert len({parse(row).id for row in [GOOD, *others]}) == 1 + len(others)
+    # Neither keys that nobody reads nor other ways to say the same.
+    for same in ({"note": 3}, {"bias_type": [None]}, {"system": " "}, {"tools": []}, {"margin": None}):
+        assert parse(GOOD | same).id == parse(GOOD).id
     assert parse(GOOD | {"id": 7}).id == "7"
+
+
+def test_a_repeat_without_an_id_is_named_as_one(write_rows: WriteRows) -> None:
+    different = [GOOD | {"rejected": ["no", text]} for text in ("later", "sooner")]
+    assert len(read_preference_file(write_rows("good.jsonl", different))[0]) == 2
+    path = write_rows("f.jsonl", [GOOD, different[0], GOOD])
+    for read, earlier in ((read_preference_file, "line 1"), (check_preference_file, "an earlier line")):
+        with pytest.raises(ContrastRMError, match=f":3: field '-': found 'why.'; allowed: .*{earlier} says the same"):
+            read(path)
+    assert len(read_preference_file(write_rows("ids.jsonl", [GOOD | {"id": 1}, GOOD | {"id": 2}]))[0]) == 2
+
+
+# --- the whole prompt
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        {"question": "why?"},
+        {"messages": [USER]},
+        {"prompt": [turn("system", "Be brief."), USER]},
+        {"chosen": [USER, turn("assistant", "because")]},
+        {"question": "why?", "chosen": [turn("system", "Be brief."), USER, turn("assistant", "because")]},
+    ],
+    ids=["question", "turns", "the-same-turn", "turns-of-chosen", "both"],
+)
+def test_a_system_text_becomes_the_system_turn(prompt: dict[str, Any]) -> None:
+    record = parse({"chosen": "because", "rejected": "no", "system": "Be brief."} | prompt)
+    assert record.messages == [turn("system", "Be brief."), USER]
+    assert "system" not in record.to_row() and parse(record.to_row()) == record
+    benchmark = {"id": "1", "chosen": "a", "rejected": "b", "subset": "s", "system": "Be brief."}
+    assert prompt_field(Path("f"), 1, benchmark | {"prompt": "why?"}) == record.messages
+
+
+def test_a_blank_system_text_is_none() -> None:
+    for blank in ("", " \n", None):
+        assert parse(GOOD | {"system": blank}).messages == [USER]
+
+
+NOT_RENDERED: list[tuple[str, Any]] = [
+    ("tools", [{"name": "search"}]),
+    ("images", ["cat.png"]),
+    ("history", [["q", "a"]]),
+    ("input", "Bonjour"),
+    ("documents", [{"text": "t"}]),
+    ("context", "It rained."),
+    ("system_prompt", "Be brief."),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), NOT_RENDERED, ids=[key for key, _ in NOT_RENDERED])
+def test_what_no_turn_holds_is_refused_by_every_reader(write_rows: WriteRows, key: str, value: Any) -> None:
+    readers: list[tuple[Callable[..., Any], dict[str, Any]]] = [
+        (read_preference_file, GOOD),
+        (check_preference_file, GOOD),
+        (lambda path: list(iter_preference_file(path)), GOOD),
+        (read_bias_file, BIAS_ROW),
+        (read_refinement_file, REFINEMENT_ROW),
+        (lambda path: read_reward_bench_file(path, subsets={"donotanswer"}), BENCH_ROW),
+    ]
+    for read, row in readers:
+        with pytest.raises(ContrastRMError, match=rf":1: field '{key}': found .*nothing renders it"):
+            read(write_rows("f.jsonl", [row | {key: value}]))
+        # Without a content, or with one that the prompt holds too, nothing is lost.
+        for harmless in (None, "", [], "why?"):
+            read(write_rows("f.jsonl", [row | {key: harmless}]))
+
+
+@pytest.mark.parametrize("read, row", [(read_bias_file, BIAS_ROW), (read_refinement_file, REFINEMENT_ROW)])
+def test_formats_of_one_question_take_no_other_turns(
+    write_rows: WriteRows, read: Callable[[Path], Any], row: dict[str, Any]
+) -> None:
+    for key, value in (
+        ("system", "Be brief."),
+        ("messages", [USER, turn("assistant", "hm"), USER]),
+        ("prompt", "who?"),
+    ):
+        with pytest.raises(ContrastRMError, match=f":1: field .*'{key}'"):
+            read(write_rows("f.jsonl", [row | {key: value}]))
+
+
+# --- variants of the chosen answer
+
+
+def test_variants_of_the_chosen_answer_are_checked_and_written_back() -> None:
+    record = parse(GOOD | {"chosen_variants": [{"text": "because!", "bias": "length"}]})
+    assert record.chosen_variants == [ChosenVariant("because!", "length")]
+    assert parse(record.to_row()) == record
 
 
 def test_rejected_may_be_absent_only_where_the_reader_says_so() -> None:
@@ -257,6 +360,47 @@ REFUSALS: list[tuple[str, Any, str, str, str]] = [
         "other",
         "the same prompt",
     ),
+    (
+        "two-systems",
+        GOOD | {"question": [turn("system", "s"), USER], "system": "t"},
+        "system",
+        "'t'",
+        "system turn of the",
+    ),
+    ("system-number", GOOD | {"system": 3}, "system", "3", "a non-empty text"),
+    (
+        "tool-call",
+        GOOD | {"chosen": [turn("assistant", "a") | {"tool_calls": [1]}]},
+        "chosen[0].tool_calls",
+        "[1]",
+        "role and content alone",
+    ),
+    ("variants-text", GOOD | {"chosen_variants": "v"}, "chosen_variants", "'v'", "a list of {text, bias}"),
+    ("variant-text", GOOD | {"chosen_variants": ["v"]}, "chosen_variants[0]", "'v'", "text and bias"),
+    ("variant-key", GOOD | {"chosen_variants": [{"txt": "v"}]}, "chosen_variants[0]", "txt", "text and bias"),
+    (
+        "variant-empty",
+        GOOD | {"chosen_variants": [{"text": "", "bias": "length"}]},
+        "chosen_variants[0].text",
+        "''",
+        "non-empty text",
+    ),
+    (
+        "variant-echo",
+        GOOD | {"chosen_variants": [{"text": "no", "bias": "length"}]},
+        "chosen_variants[0].text",
+        "'no'",
+        "differs from chosen and from every",
+    ),
+    (
+        "variant-bias",
+        GOOD | {"chosen_variants": [{"text": "v", "bias": "gender"}]},
+        "chosen_variants[0].bias",
+        "'gender'",
+        "length",
+    ),
+    ("key-twice", '{"question": "q", "chosen": "a", "chosen": "b", "rejected": "r"}', "-", "chosen", "stands twice"),
+    ("nested-key-twice", '{"question": "q", "x": {"k": 1, "k": 2}}', "-", "question", "'k' stands twice"),
     ("verdict", GOOD | {"verify_correctness": "YES"}, "verify_correctness", "'YES'", "CHOSEN_IS_BEST"),
     ("verdict-list", GOOD | {"verify_correctness": [1]}, "verify_correctness", "[1]", "CHOSEN_IS_BEST"),
     ("source-number", GOOD | {"source": 3}, "source", "3", "a text"),

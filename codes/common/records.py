@@ -7,14 +7,17 @@ a number of them (``--max_bad_rows``); then the rows are counted and their messa
 from __future__ import annotations
 
 import codecs
+import gzip
 import hashlib
 import json
 import math
 import os
 import tempfile
+import zlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -29,10 +32,12 @@ VERIFY_VALUES = ("CHOSEN_IS_BEST", "CHOSEN_NOT_BEST", "FAILED", "SKIPPED")
 
 PREFERENCE_KEYS = {
     "id",
+    "system",
     "question",
     "prompt",
     "messages",
     "chosen",
+    "chosen_variants",
     "rejected",
     "bias_type",
     "similar_question",
@@ -40,8 +45,47 @@ PREFERENCE_KEYS = {
     "source",
     "margin",
 }
+# What other tools put beside the question and their models read. Nothing here renders it: a row that has it is refused.
+UNRENDERED_KEYS = {
+    "audio",
+    "audios",
+    "chat_template_kwargs",
+    "context",
+    "documents",
+    "functions",
+    "history",
+    "image",
+    "images",
+    "input",
+    "instruction",
+    "system_prompt",
+    "tools",
+    "video",
+    "videos",
+}
+# The same inside a turn: some templates render these.
+UNRENDERED_TURN_KEYS = (
+    "audio",
+    "documents",
+    "function_call",
+    "images",
+    "name",
+    "reasoning",
+    "reasoning_content",
+    "thinking",
+    "tool_call_id",
+    "tool_calls",
+)
 # A margin is a score gap: beyond this it is a mistake, and float32 losses would overflow.
 LARGEST_MARGIN = 1e6
+
+
+@dataclass(frozen=True)
+class ChosenVariant:
+    """The chosen answer with a bias cue added, its substance untouched."""
+
+    text: str
+    bias: str
 
 
 @dataclass
@@ -54,6 +98,7 @@ class PreferenceRecord:
         margins: Parallel to ``rejected``: the score gap that the chosen answer should have over each; None where the row says
             nothing. Empty where no answer of the row has one.
         extra: Every other key of the row; kept and written back.
+        chosen_variants: The chosen answer with cues added.
     """
 
     id: str
@@ -66,6 +111,7 @@ class PreferenceRecord:
     source: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     margins: list[float | None] = field(default_factory=list)
+    chosen_variants: list[ChosenVariant] = field(default_factory=list)
 
     @property
     def question(self) -> str:
@@ -85,6 +131,8 @@ class PreferenceRecord:
                 row[key] = getattr(self, key)
         if self.margins:
             row["margin"] = self.margins
+        if self.chosen_variants:
+            row["chosen_variants"] = [asdict(variant) for variant in self.chosen_variants]
         return row | self.extra
 
 
@@ -160,12 +208,21 @@ def _iter_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
     path = Path(path)
     if not path.is_file():
         raise ContrastRMError(f"file not found: {path}; check the path")
-    with path.open("rb") as handle:
+    with _open_bytes(path) as handle:
         for line_number, raw in enumerate(handle, start=1):
             if line_number == 1:
                 raw = raw.removeprefix(codecs.BOM_UTF8)
             if raw.strip():
                 yield line_number, raw
+
+
+@contextmanager
+def _open_bytes(path: Path) -> Iterator[Iterable[bytes]]:
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as handle:
+            yield handle
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ContrastRMError(f"{path} is no whole gzip file ({error}); copy or fetch it again") from error
 
 
 def _parse_line(path: str | Path, line_number: int, raw: bytes) -> Any:
@@ -174,7 +231,7 @@ def _parse_line(path: str | Path, line_number: int, raw: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise RecordError(path, line_number, "-", str(error), "UTF-8 text") from error
     try:
-        value = _STRICT_JSON.decode(line)
+        value = strict_json(line)
     # ValueError: malformed, NaN, or a number that Python does not convert.
     except (ValueError, RecursionError) as error:
         raise RecordError(path, line_number, "-", line.strip(), f"one JSON object a line ({error})") from error
@@ -195,7 +252,26 @@ def _finite(text: str) -> float:
     return value
 
 
-_STRICT_JSON = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Python would keep the last of two values and lose the first without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice[:40]!r} stands twice in one object")
+    return found
+
+
+_STRICT_JSON = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique_keys)
+
+
+def strict_json(text: str) -> Any:
+    """Parse JSON that a person may have written.
+
+    Raises:
+        ValueError: It is malformed, holds NaN or a number too large, or one object has a key twice.
+        RecursionError: It is nested too deeply.
+    """
+    return _STRICT_JSON.decode(text)
 
 
 def _nesting(value: Any) -> int:
@@ -380,6 +456,9 @@ def _message_list(path: Path, line: int, key: str, value: Any) -> list[Message]:
             raise RecordError(path, line, where, message, f"an object with role one of {', '.join(ROLES)}")
         if message["role"] == "system" and position:
             raise RecordError(path, line, where, message, "a system turn only at the start")
+        for name in UNRENDERED_TURN_KEYS:
+            if message.get(name):
+                raise RecordError(path, line, f"{where}.{name}", message[name], "turns of role and content alone")
         messages.append({"role": message["role"], "content": text_field(path, line, message, "content")})
     return messages
 
@@ -398,7 +477,44 @@ def prompt_field(path: Path, line: int, row: dict[str, Any]) -> list[Message] | 
     for key, messages in found.items():
         if messages != first:
             raise RecordError(path, line, key, row[key], f"the same prompt as in {next(iter(found))!r}, or no such key")
-    return first
+    return None if first is None else _whole_prompt(path, line, row, first)
+
+
+def question_field(path: Path, line: int, row: dict[str, Any], key: str = "question") -> str:
+    """The prompt of a row whose format knows one question and nothing beside it.
+
+    Raises:
+        RecordError: It is absent or no text, or something stands beside it that would belong to the prompt.
+    """
+    user = [{"role": "user", "content": text_field(path, line, row, key)}]
+    messages = prompt_field(path, line, row) or _whole_prompt(path, line, row, user)
+    if messages != user:
+        name = "system" if row.get("system") else key
+        raise RecordError(path, line, name, row[name], "one question, without a system text or other turns")
+    return user[0]["content"]
+
+
+def _whole_prompt(path: Path, line: int, row: dict[str, Any], messages: list[Message]) -> list[Message]:
+    """The turns with the row's ``system`` text before them, where it has one.
+
+    Raises:
+        RecordError: The turns have another system text, or the row has something else that would belong to the prompt.
+    """
+    for key in sorted(UNRENDERED_KEYS & row.keys()):
+        value = row[key]
+        is_rendered = isinstance(value, str) and (not value.strip() or value in messages_to_text(messages))
+        if value and not is_rendered:
+            cure = f"no {key!r} beside the prompt: nothing renders it (write it into the turns, or rename the key)"
+            raise RecordError(path, line, key, value, cure)
+    system = row.get("system")
+    if system is None or (isinstance(system, str) and not system.strip()):
+        return messages
+    turn = {"role": "system", "content": text_field(path, line, row, "system")}
+    if messages[0]["role"] != "system":
+        return [turn, *messages]
+    if messages[0] != turn:
+        raise RecordError(path, line, "system", system, "the system turn of the messages, or no such key")
+    return messages
 
 
 def _repeats_an_answer(row: dict[str, Any]) -> bool:
@@ -442,13 +558,14 @@ def parse_preference_row(
         prompt, text = _answer(path, line, f"rejected[{position}]", value)
         prompts += [prompt] if prompt else []
         rejected.append(text)
+    prompts = [_whole_prompt(path, line, row, prompt) for prompt in prompts]
     messages = _one_prompt(path, line, messages, prompts)
     _check_no_echo(path, line, chosen, rejected)
     extra = {key: value for key, value in row.items() if key not in PREFERENCE_KEYS}
     for key, value in extra.items():
         _check_encodable(path, line, key, json.dumps({key: value}, ensure_ascii=False))
-    return PreferenceRecord(
-        id=_record_id(path, line, row, messages, chosen, rejected),
+    record = PreferenceRecord(
+        id="",
         messages=messages,
         chosen=chosen,
         rejected=rejected,
@@ -458,7 +575,10 @@ def parse_preference_row(
         source=_optional_text(path, line, row, "source"),
         extra=extra,
         margins=_margins(path, line, row, len(rejected)),
+        chosen_variants=_chosen_variants(path, line, row, chosen, rejected),
     )
+    record.id = _content_id(record) if row.get("id") is None else id_field(path, line, row, "id")
+    return record
 
 
 def _rejected_list(path: Path, line: int, row: dict[str, Any], required: bool) -> list[Any]:
@@ -533,14 +653,43 @@ def _verdict(path: Path, line: int, row: dict[str, Any]) -> str | None:
     return value
 
 
-def _record_id(
-    path: Path, line: int, row: dict[str, Any], messages: list[Message], chosen: str, rejected: list[str]
-) -> str:
-    if row.get("id") is None:
-        # The original pair names the record: injected answers may come and go around it.
-        content = json.dumps([messages, chosen, rejected[:1]], ensure_ascii=False, sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
-    return id_field(path, line, row, "id")
+def _chosen_variants(
+    path: Path, line: int, row: dict[str, Any], chosen: str, rejected: list[str]
+) -> list[ChosenVariant]:
+    value = row.get("chosen_variants")
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise RecordError(path, line, "chosen_variants", value, "a list of {text, bias}")
+    variants = []
+    for position, variant in enumerate(value):
+        where = f"chosen_variants[{position}]"
+        if not isinstance(variant, dict) or not variant.keys() <= {"text", "bias"}:
+            raise RecordError(path, line, where, variant, "an object with text and bias alone")
+        text = text_field(path, line, {f"{where}.text": variant.get("text")}, f"{where}.text")
+        if text == chosen or text in rejected:
+            raise RecordError(
+                path, line, f"{where}.text", text, "a text that differs from chosen and from every rejected"
+            )
+        if variant.get("bias") not in INJECTABLE:
+            raise RecordError(path, line, f"{where}.bias", variant.get("bias"), f"one of {', '.join(INJECTABLE)}")
+        variants.append(ChosenVariant(text, variant["bias"]))
+    return variants
+
+
+def _content_id(record: PreferenceRecord) -> str:
+    """An id that two records share only where they say the same; keys that nothing here reads do not count."""
+    row = record.to_row()
+    content = {key: row[key] for key in sorted(row.keys() & PREFERENCE_KEYS - {"id"})}
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def repeated_record(path: Path, line: int, row: dict[str, Any], record: PreferenceRecord, earlier: str) -> RecordError:
+    """The error of a record whose id an earlier one has: without an id of its own it says the same word for word."""
+    if row.get("id") is not None:
+        return RecordError(path, line, "id", record.id, f"an id of its own ({earlier} has the same)")
+    allowed = f"a record of its own: {earlier} says the same (delete one, or give each an id if both are meant)"
+    return RecordError(path, line, "-", record.question, allowed)
 
 
 def id_field(path: Path, line: int, row: dict[str, Any], key: str) -> str:
@@ -570,7 +719,7 @@ def read_preference_file(
     def parse(file: Path, line: int, row: dict[str, Any]) -> PreferenceRecord:
         record = parse_preference_row(file, line, row, require_rejected=require_rejected)
         if record.id in seen:
-            raise RecordError(file, line, "id", record.id, f"an id of its own (line {seen[record.id]} has the same)")
+            raise repeated_record(file, line, row, record, f"line {seen[record.id]}")
         seen[record.id] = line
         return record
 
@@ -664,7 +813,7 @@ def check_preference_file(
             record = parse_preference_row(path, line_number, value, require_rejected=require_rejected)
             digest = int.from_bytes(hashlib.blake2b(record.id.encode(), digest_size=8).digest())
             if digest in seen:
-                raise RecordError(path, line_number, "id", record.id, "an id of its own (an earlier line has the same)")
+                raise repeated_record(path, line_number, value, record, "an earlier line")
         except RecordError as error:
             bad.append(str(error))
             bad_lines.add(line_number)
@@ -702,7 +851,7 @@ def _parse_bias_row(path: Path, line: int, row: dict[str, Any]) -> BiasRecord:
     }
     return BiasRecord(
         line=line,
-        question=text_field(path, line, row, "question"),
+        question=question_field(path, line, row),
         original=(texts["original_response1"], texts["original_response2"]),
         rewritten=(texts["rewritten_response1"], texts["rewritten_response2"]),
         better=0 if label == "response1" else 1,
@@ -719,7 +868,7 @@ def read_refinement_file(path: str | Path, *, max_bad_rows: int = 0) -> tuple[li
     def parse(file: Path, line: int, row: dict[str, Any]) -> RefinementRecord:
         return RefinementRecord(
             line=line,
-            question=text_field(file, line, row, "question"),
+            question=question_field(file, line, row),
             original_response=text_field(file, line, row, "original_response", allow_empty=True),
             rewritten_response=text_field(file, line, row, "rewritten_response", allow_empty=True),
         )
@@ -749,7 +898,7 @@ def read_reward_bench_file(
         prompt = prompt_field(file, line, row)
         if prompt is None:
             raise RecordError(file, line, "prompt", "nothing", "a non-empty text or list of turns")
-        known = {"id", "prompt", "messages", "question", "chosen", "rejected", "subset"}
+        known = {"id", "system", "prompt", "messages", "question", "chosen", "rejected", "subset"}
         return RewardBenchRecord(
             line=line,
             id=id_field(file, line, row, "id"),

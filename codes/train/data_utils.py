@@ -126,6 +126,12 @@ def encode_records(
     A rejected answer that the over-length policy drops leaves its group; a record whose chosen answer or whose every
     rejected one is dropped has no group. One without a rejected answer to train on is not tokenised but for its chosen text.
     """
+    for record in records:
+        if record.chosen_variants:
+            raise ContrastRMError(
+                f"record {record.id!r} has chosen_variants: training sets one chosen answer against the rejected ones and would "
+                "leave them out; remove the key, or make each variant a record of its own"
+            )
     positions = [select_negatives(record, negatives) for record in records]
     conversations = [
         Conversation(record.messages, answer)

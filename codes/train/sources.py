@@ -37,17 +37,22 @@ import pyarrow.parquet
 from codes.common.errors import ContrastRMError, RecordError
 from codes.common.records import (
     PREFERENCE_KEYS,
+    UNRENDERED_KEYS,
     PreferenceRecord,
     ReadReport,
     check_preference_file,
     file_sha256,
     parse_preference_row,
+    repeated_record,
+    strict_json,
 )
 
 HUB_PREFIX = "hub:"
 PARQUET_SUFFIXES = (".parquet", ".pq")
 # Rows of a Parquet file or hub set that are held at once.
 ROWS_AT_ONCE = 1024
+# Of a table: what a record says, and what it must not say.
+_COLUMNS = PREFERENCE_KEYS | UNRENDERED_KEYS
 COMMIT = re.compile(r"@([0-9a-f]{40})(?:/|$)")
 
 
@@ -161,7 +166,7 @@ def _read_mix(path: Path) -> list[Source]:
     _require_file(str(path))
     shape = f'{path}: a mix is [{{"path": "a.jsonl", "weight": 2}}, ...]'
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = strict_json(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ContrastRMError(f"{shape}; this is no JSON ({error})") from error
     if not isinstance(rows, list):
@@ -210,12 +215,12 @@ def _read_table(
     seen: set[int] = set()
     bad: list[str] = []
     for number, row in enumerate(rows, start=1):
-        known = {key: value for key, value in row.items() if key in PREFERENCE_KEYS}
+        known = {key: value for key, value in row.items() if key in _COLUMNS}
         try:
             record = parse_preference_row(path, number, known)
             digest = id_digest(record.id)
             if digest in seen:
-                raise RecordError(path, number, "id", record.id, "an id of its own (an earlier row has the same)")
+                raise repeated_record(path, number, row, record, "an earlier row")
         except RecordError as error:
             bad.append(str(error))
             if len(bad) > max_bad_rows:
@@ -239,7 +244,7 @@ def id_digest(record_id: str) -> int:
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
-            columns = [name for name in table.schema_arrow.names if name in PREFERENCE_KEYS]
+            columns = [name for name in table.schema_arrow.names if name in _COLUMNS]
             for batch in table.iter_batches(batch_size=ROWS_AT_ONCE, columns=columns):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -249,8 +254,8 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def _hub_rows(source: Source) -> Iterator[dict[str, Any]]:
     table = _open_hub(source)
-    columns = [name for name in table.column_names if name in PREFERENCE_KEYS]
-    if not columns:
+    columns = [name for name in table.column_names if name in _COLUMNS]
+    if not PREFERENCE_KEYS.intersection(columns):
         raise ContrastRMError(
             f"{source.location}: no column of a preference record among {', '.join(table.column_names[:10])}; "
             "convert the set to prompt, chosen and rejected first"
