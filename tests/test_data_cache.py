@@ -115,6 +115,24 @@ def test_it_is_written_once_and_found_again(
     assert len({cache.folder for cache in [first, *others]}) == 7 == len(folders(tmp_path / "cache"))
 
 
+def test_one_content_under_two_names_is_refused(
+    write_rows: WriteRows, many_rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    names = [str(write_rows(name, many_rows)) for name in ("a.jsonl", "b.jsonl")]
+    with pytest.raises(ContrastRMError, match=r"a\.jsonl and .*b\.jsonl hold the same data; give one of them"):
+        load_training_groups(
+            parse_sources(",".join(names)), ChatFormatter(chatml_tokenizer()), cache_dir=tmp_path / "cache"
+        )
+
+
+def test_variants_of_the_chosen_answer_are_refused_by_name(
+    write_rows: WriteRows, many_rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    many_rows[2]["chosen_variants"] = [{"text": "because, as experts say", "bias": "authority"}]
+    with pytest.raises(ContrastRMError, match="record 'row-2' has chosen_variants"):
+        load(write_rows("a.jsonl", many_rows), tmp_path / "cache")
+
+
 def test_a_template_with_a_date_makes_another_cache_another_day(
     write_rows: WriteRows, many_rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -85,7 +86,9 @@ def test_a_mix_file_lists_sources(tmp_path: Path) -> None:
         ("a.jsonl:nan", "weight 'nan'"),
         ("a.jsonl:inf", "weight 'inf'"),
         (":2", "no name"),
-        ("a.jsonl,a.jsonl:2", "stands twice"),
+        ("a.jsonl,a.jsonl:2", "a.jsonl stands twice in"),
+        ("w/a.jsonl,w/../w/a.jsonl", r"w/a.jsonl stands twice \(as w/../w/a.jsonl\)"),
+        ("hub:o/n,hub:o/n:train:2", "hub:o/n stands twice"),
         ("a.jsonl:0,b.jsonl:0", "weight 0"),
         ("hub:name-without-org", "neither a local folder nor a hub id"),
         ("hub:a/b/c/d", "neither a local folder nor a hub id"),
@@ -163,6 +166,86 @@ def test_a_hub_style_set_of_conversations(tmp_path: Path) -> None:
         read(parse_sources(f"hub:{tmp_path}:dev")[0])
 
 
+def test_a_link_to_a_source_is_the_source(write_rows: WriteRows, tmp_path: Path) -> None:
+    path = write_rows("a.jsonl", rows(1))
+    (tmp_path / "b.jsonl").symlink_to(path)
+    with pytest.raises(ContrastRMError, match="stands twice"):
+        parse_sources(f"{path},{tmp_path / 'b.jsonl'}")
+
+
+def test_a_folder_of_jsonl_is_read_line_by_line(write_rows: WriteRows, tmp_path: Path) -> None:
+    """Whatever stands beside the rows: notes of a fetch, columns that only one file has, compressed files."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write_rows("set/one.jsonl", rows(2, "a"))
+    (folder / "one.jsonl.meta.json").write_text(json.dumps({"n_rows": 2, "skipped": {"equal": 1}}))
+    with gzip.open(folder / "two.jsonl.gz", "wt", encoding="utf-8") as handle:
+        handle.writelines(json.dumps(row | {"margin": 1.0, "note": "x"}) + "\n" for row in rows(2, "b"))
+    found = read(parse_sources(str(folder))[0])
+    assert [record.id for record in found] == ["a-0", "a-1", "b-0", "b-1"] and found[3].margins == [1.0, 1.0]
+    assert found[2:] == read(parse_sources(str(folder / "two.jsonl.gz"))[0])
+    write_rows("set/three.jsonl", [*rows(1, "c"), '{"question": "q", "chosen": "a", "chosen": "b", "rejected": "c"}'])
+    with pytest.raises(ContrastRMError, match=r"three\.jsonl:2: field '-'.*'chosen' stands twice"):
+        read(parse_sources(str(folder))[0])
+
+
+@pytest.mark.parametrize(
+    "names, named", [(("train.jsonl", "train.parquet"), "several formats"), (("train.jsonl", "more.csv"), "more.csv")]
+)
+def test_files_of_a_folder_that_would_not_be_read_are_refused(tmp_path: Path, names: Sequence[str], named: str) -> None:
+    table = datasets.Dataset.from_list(rows(2))
+    for name in names:
+        {".jsonl": table.to_json, ".parquet": table.to_parquet, ".csv": table.to_csv}[Path(name).suffix](
+            tmp_path / name
+        )
+    [source] = parse_sources(str(tmp_path))
+    for use in (identify, read):
+        with pytest.raises(ContrastRMError, match=f"{named}.*name the files one by one"):
+            use(source)
+
+
+def test_parquet_files_with_different_columns_are_named_in_one_line(tmp_path: Path) -> None:
+    for name, row in (("a", ROW), ("b", ROW | {"margin": 1.0})):
+        datasets.Dataset.from_list([row]).to_parquet(tmp_path / f"{name}.parquet")
+    with pytest.raises(ContrastRMError, match="different columns .name the files one by one") as caught:
+        read(parse_sources(str(tmp_path))[0])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_gzip_file_that_was_cut_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    content = gzip.compress("".join(json.dumps(row) + "\n" for row in rows(50)).encode())
+    for broken in (content[:-20], b"no gzip"):
+        path.write_bytes(broken)
+        with pytest.raises(ContrastRMError, match=r"a\.jsonl\.gz is no whole gzip file"):
+            read(parse_sources(str(path))[0])
+
+
+def test_folders_of_save_to_disk(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_list(rows(3))
+    table.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=table, test=table.select([1])).save_to_disk(tmp_path / "splits")
+    for text, n_rows in (("one", 3), ("splits", 3), ("splits:test", 1)):
+        [source] = parse_sources(f"hub:{tmp_path}/{text}")
+        assert len(read(source)) == n_rows
+    hashes = {identify(parse_sources(f"hub:{tmp_path}/{text}")[0]).sha256 for text in ("splits", "splits:test")}
+    assert len(hashes) == 2
+    for text in ("one:test", "splits:dev"):
+        with pytest.raises(ContrastRMError, match="it was saved with the split"):
+            read(parse_sources(f"hub:{tmp_path}/{text}")[0])
+
+
+def test_the_whole_prompt_of_a_table_is_read_or_refused(tmp_path: Path) -> None:
+    table = [ROW | {"system": "Be brief.", "tools": None}, ROW | {"system": None, "tools": ["search"]}]
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), path)
+    for text in (str(path), str(tmp_path)):
+        found: list[PreferenceRecord] = []
+        report = read_source(parse_sources(text)[0], found.append, max_bad_rows=1)
+        assert [message["role"] for message in found[0].messages] == ["system", "user"]
+        assert len(report.bad) == 1 and ":2: field 'tools'" in report.bad[0]
+
+
 def test_bad_rows_of_a_table_are_named_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     bad = [{"id": "q-0"}, {"chosen": None}, {"rejected": []}, {"margin": [float("nan")]}, {"margin": [1.0, 2.0, 3.0]}]
@@ -212,6 +295,16 @@ def test_identity_is_the_content(write_rows: WriteRows, tmp_path: Path) -> None:
     assert before != identify(parse_sources(f"hub:{folder}:train[:2]")[0])
     (folder / "train.jsonl").write_bytes(other.read_bytes())
     assert before != identify(parse_sources(str(folder))[0])
+
+
+def test_identity_of_a_set_in_memory_is_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "IN_MEMORY_MAX_SIZE", 1 << 30)
+    hashes = set()
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        datasets.Dataset.from_list(rows(3, name)).to_parquet(tmp_path / name / "train.parquet")
+        hashes.add(identify(parse_sources(str(tmp_path / name))[0]).sha256)
+    assert len(hashes) == 2
 
 
 # --- mixing

@@ -289,6 +289,7 @@ def load_training_groups(
         ContrastRMError: A source is missing or has too many bad rows, no group is left, or the folder cannot be written.
     """
     identities = {source.location: identify(source) for source in chosen}
+    _check_different(identities)
     key = _cache_key(chosen, identities, formatter, negatives, limit, aside)
     folder = ensure_writable_folder(cache_dir) / key[:32]
 
@@ -308,6 +309,17 @@ def load_training_groups(
     if cache is None:
         raise ContrastRMError(f"{folder} changed right after it was written; does another program clean {cache_dir}?")
     return cache
+
+
+def _check_different(identities: Mapping[str, SourceIdentity]) -> None:
+    """Two names of one content are no mix: every record would count twice."""
+    locations: dict[str, str] = {}
+    for location, identity in identities.items():
+        first = locations.setdefault(identity.sha256, location)
+        if first != location:
+            raise ContrastRMError(
+                f"{first} and {location} hold the same data; give one of them, with a weight ({first}:2)"
+            )
 
 
 def _cache_key(

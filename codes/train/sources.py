@@ -2,9 +2,10 @@
 
 A source is ``location[:weight]``; several are separated by commas:
 
-* ``path/to/file.jsonl``, ``path/to/file.parquet``: preference records, one a line or row;
+* ``path/to/file.jsonl`` (or ``.jsonl.gz``), ``path/to/file.parquet``: preference records, one a line or row;
 * ``hub:org/name[/config][@revision][:split]``: a data set of the hub, read by the ``datasets`` library (split ``train`` unless
-  named); ``hub:path/to/folder[:split]``, or the folder's path alone, reads a local folder in the hub's format;
+  named); ``hub:path/to/folder[:split]``, or the folder's path alone, reads a local folder in the hub's format, or one that
+  ``save_to_disk`` has written. Files of the folder that would not be read are refused;
 * ``mix.json``: ``[{"path": "a, b.jsonl", "weight": 2}, ...]``, for names that hold commas, or long lists. ``path`` is a location.
 
 The last ``:number`` of a source is its weight, unless a file of the whole name exists.
@@ -23,8 +24,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -42,6 +45,7 @@ from codes.common.records import (
     ReadReport,
     check_preference_file,
     file_sha256,
+    iter_rows,
     parse_preference_row,
     repeated_record,
     strict_json,
@@ -49,6 +53,8 @@ from codes.common.records import (
 
 HUB_PREFIX = "hub:"
 PARQUET_SUFFIXES = (".parquet", ".pq")
+# Of files in a folder that surely hold rows.
+DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".csv", ".tsv", ".arrow")
 # Rows of a Parquet file or hub set that are held at once.
 ROWS_AT_ONCE = 1024
 # Of a table: what a record says, and what it must not say.
@@ -87,15 +93,25 @@ def parse_sources(text: str) -> list[Source]:
     sources = _read_mix(Path(text)) if text.endswith(".json") else [_parse_source(part) for part in _split(text)]
     if not sources:
         raise ContrastRMError("--train_file names no source; give a JSONL or Parquet file, or hub:org/name")
-    locations = [source.location for source in sources]
-    for location in locations:
-        if locations.count(location) > 1:
+    locations: dict[tuple[str | None, ...], str] = {}
+    for source in sources:
+        place, location = _place(source), source.location
+        if place in locations:
+            first = locations[place]
+            again = "" if location == first else f" (as {location})"
             raise ContrastRMError(
-                f"{location} stands twice in --train_file; give it once, with a weight ({location}:2)"
+                f"{first} stands twice{again} in --train_file; give it once, with a weight ({first}:2)"
             )
+        locations[place] = location
     if all(source.weight == 0 for source in sources):
         raise ContrastRMError("every source of --train_file has weight 0: nothing is left to train on")
     return sources
+
+
+def _place(source: Source) -> tuple[str | None, ...]:
+    """What two ways to write one place have in common."""
+    name = os.path.realpath(source.name) if _exists(source.name) else os.path.normpath(source.name)
+    return source.kind, name, source.revision, source.split
 
 
 def _exists(text: str) -> bool:
@@ -198,26 +214,44 @@ def read_source(
         _require_file(source.name)
     if source.kind == "jsonl":
         return check_preference_file(source.name, max_bad_rows=max_bad_rows, limit=limit, see=see).report
-    rows = _parquet_rows(Path(source.name)) if source.kind == "parquet" else _hub_rows(source)
-    return _read_table(source.location, rows, see, max_bad_rows=max_bad_rows, limit=limit)
+    rows = _numbered(source.location, _parquet_rows(Path(source.name)))
+    if source.kind == "hub":
+        files = _json_files(source)
+        rows = _numbered(source.location, _hub_rows(source)) if files is None else _json_rows(files)
+    return _read_rows(source.location, rows, see, max_bad_rows=max_bad_rows, limit=limit)
 
 
-def _read_table(
+_Numbered = tuple[Path, int, dict[str, Any] | RecordError]
+
+
+def _numbered(location: str, rows: Iterator[dict[str, Any]]) -> Iterator[_Numbered]:
+    """Rows of a table; columns that mean nothing to training are left aside."""
+    for number, row in enumerate(rows, start=1):
+        yield Path(location), number, {key: value for key, value in row.items() if key in _COLUMNS}
+
+
+def _json_rows(files: Iterable[Path]) -> Iterator[_Numbered]:
+    for file in files:
+        for line, row in iter_rows(file):
+            yield file, line, row
+
+
+def _read_rows(
     location: str,
-    rows: Iterator[dict[str, Any]],
+    rows: Iterator[_Numbered],
     see: Callable[[PreferenceRecord], None],
     *,
     max_bad_rows: int,
     limit: int,
 ) -> ReadReport:
-    """Rows of a table under the same rules as the lines of a JSONL file; columns that mean nothing to training are not read."""
-    path = Path(location)
+    """Rows of a table or folder under the same rules as the lines of a JSONL file."""
     seen: set[int] = set()
     bad: list[str] = []
-    for number, row in enumerate(rows, start=1):
-        known = {key: value for key, value in row.items() if key in _COLUMNS}
+    for path, number, row in rows:
         try:
-            record = parse_preference_row(path, number, known)
+            if isinstance(row, RecordError):
+                raise row
+            record = parse_preference_row(path, number, row)
             digest = id_digest(record.id)
             if digest in seen:
                 raise repeated_record(path, number, row, record, "an earlier row")
@@ -273,19 +307,89 @@ def _open_hub(source: Source) -> Any:
 
     config = None
     name = source.name
-    if not Path(name).is_dir():
-        pieces = name.split("/")
-        name, config = "/".join(pieces[:2]), (pieces[2] if len(pieces) == 3 else None)
     datasets.disable_progress_bars()
-    try:
+    with _named_loading(source):
+        if Path(name).is_dir():
+            if _is_saved(Path(name)):
+                return _saved_split(source, datasets.load_from_disk(name))
+        else:
+            pieces = name.split("/")
+            name, config = "/".join(pieces[:2]), (pieces[2] if len(pieces) == 3 else None)
         return datasets.load_dataset(name, config, split=source.split, revision=source.revision)
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether ``save_to_disk`` has written a folder."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def _saved_split(source: Source, saved: Any) -> Any:
+    """The split asked for, of what ``save_to_disk`` wrote: a set of splits, or a single one."""
+    splits = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
+    if source.split not in splits:
+        raise ValueError(f"it was saved with the split(s) {', '.join(splits)} and knows no {source.split!r}")
+    return splits[source.split]
+
+
+@contextmanager
+def _named_loading(source: Source) -> Iterator[None]:
+    from datasets.exceptions import DatasetsError
+    from datasets.table import CastError
+
+    cure = "a hub set needs network or a filled cache and, where it is gated, HF_TOKEN; check name, config, @revision, :split"
+    try:
+        yield
     # The library raises whatever its parts raise: network, hub, file formats, unknown splits and configs.
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, pyarrow.ArrowException) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ContrastRMError(
-            f"cannot load {source.location!r}: {reason} (a hub set needs network or a filled cache and, where it is gated, "
-            "HF_TOKEN; check name, config, @revision and :split)"
-        ) from error
+    except (DatasetsError, OSError, ValueError, KeyError, TypeError, RuntimeError, pyarrow.ArrowException) as error:
+        cause = error.__cause__ or error
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        if isinstance(cause, CastError):
+            reason, cure = "its files have different columns", "name the files one by one, separated by commas"
+        raise ContrastRMError(f"cannot load {source.location!r}: {reason} ({cure})") from error
+
+
+def _json_files(source: Source) -> list[Path] | None:
+    """The JSON files of a local folder's split, which are read here, line by line; None: ``datasets`` reads the source.
+
+    Raises:
+        ContrastRMError: Files of the folder would not be read, or there is no such split.
+    """
+    folder = Path(source.name)
+    card = folder / "README.md"
+    # A card may say which files a split has; sums and slices of splits are the library's own notation.
+    names_files = card.is_file() and re.search(r"^configs:", card.read_text("utf-8", "replace"), re.MULTILINE)
+    if not folder.is_dir() or _is_saved(folder) or names_files or not re.fullmatch(r"(?!all$)[\w.-]+", source.split):
+        return None
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    with _named_loading(source):
+        found = DataFilesDict.from_patterns(get_data_patterns(str(folder)), base_path=str(folder))
+        splits = {str(split): [Path(file) for file in files if _holds_rows(file)] for split, files in found.items()}
+        if source.split not in splits:
+            raise ValueError(f"it has the split(s) {', '.join(splits)} and knows no {source.split!r}")
+    wanted = splits[source.split]
+    taken = {file.resolve() for files in splits.values() for file in files}
+    outside = [
+        file
+        for file in sorted(folder.rglob("[!.]*"))
+        if file.name.endswith(DATA_SUFFIXES) and file.resolve() not in taken
+    ]
+    formats = {_format_of(file) for file in wanted}
+    if outside or len(formats) > 1:
+        files = ", ".join(os.path.relpath(file, folder) for file in (outside or wanted)[:5])
+        why = "no split of it holds" if outside else "one split holds files of several formats:"
+        raise ContrastRMError(f"{source.location}: {why} {files}; name the files one by one, separated by commas")
+    return wanted if formats == {"json"} else None
+
+
+def _holds_rows(name: str) -> bool:
+    """Whether a file of a folder is data; what fetching a set has written about it (``.meta.json``) is none."""
+    return name.endswith((*DATA_SUFFIXES, ".json")) and not name.endswith(".meta.json")
+
+
+def _format_of(file: Path) -> str:
+    suffix = Path(file.name.removesuffix(".gz")).suffix.lower()
+    return "json" if suffix in (".json", ".jsonl") else suffix
 
 
 @dataclass(frozen=True)
@@ -307,16 +411,22 @@ def identify(source: Source) -> SourceIdentity:
     Raises:
         ContrastRMError: It cannot be read.
     """
-    if source.kind != "hub":
-        path = _require_file(source.name)
+    files = _json_files(source) if source.kind == "hub" else [_require_file(source.name)]
+    if files is not None:
         try:
-            return SourceIdentity(file_sha256(path))
+            hashes = [file_sha256(file) for file in files]
         except OSError as error:
-            raise ContrastRMError(f"cannot read {path}: {error.strerror or error}; check its permissions") from error
+            raise ContrastRMError(
+                f"cannot read {error.filename}: {error.strerror or error}; check its permissions"
+            ) from error
+        return SourceIdentity(_hash_of_hashes(hashes))
     table = _open_hub(source)
     digest = hashlib.sha256(f"{source.split}:{len(table)}".encode())
     for file in table.cache_files:
         digest.update(file_sha256(file["filename"]).encode())
+    if not table.cache_files:  # held in memory
+        for row in _hub_rows(source):
+            digest.update(json.dumps(row, default=str, sort_keys=True).encode())
     downloaded = " ".join(table.info.download_checksums or {})
     commit = COMMIT.search(downloaded)
     return SourceIdentity(digest.hexdigest(), commit.group(1) if commit else source.revision)
@@ -324,7 +434,10 @@ def identify(source: Source) -> SourceIdentity:
 
 def combined_sha256(identities: Mapping[str, SourceIdentity]) -> str:
     """One hash for all sources: of a single one its own."""
-    hashes = [identity.sha256 for identity in identities.values()]
+    return _hash_of_hashes([identity.sha256 for identity in identities.values()])
+
+
+def _hash_of_hashes(hashes: list[str]) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
