@@ -215,12 +215,17 @@ def write_line(fields: dict[str, Any], output_file: str | Path | None = None) ->
             handle.write(line + "\n")
 
 
+def add_output_argument(parser: argparse.ArgumentParser) -> None:
+    """Where the result goes besides standard output."""
+    parser.add_argument("--output_file", default=None, help="append the JSON line here too")
+
+
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of every peer."""
     parser.add_argument("--model_path", default=str(MODEL_DIR), help="a reward model's folder")
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--output_file", default=None, help="append the JSON line here too")
+    add_output_argument(parser)
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:

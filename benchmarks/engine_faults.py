@@ -6,7 +6,7 @@ half bodies, invalid JSON, error bodies in a 200, null and empty content, conten
 measures how soon a fatal error ends a run with many calls in flight. Prints one JSON line; exit code 1 where
 a record is missing from both files, a reason is wrong or a fault's text is in the output. Example:
 
-``PYTHONPATH=. python benchmarks/engine_faults.py --records 2000``
+``python -m benchmarks.engine_faults --records 2000``
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import add_output_argument, write_line
 from codes.common.llm import CompletionRequest, Engine, FatalApiError, Ledger, LlmClient
 from tests.chat_server import FAULTS, ChatServer, Reply, answer, choose_fault, english, error
 
@@ -130,6 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--records", type=int, default=2000)
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--request_timeout", type=float, default=3.0)
+    add_output_argument(parser)
     return parser
 
 
@@ -138,7 +140,7 @@ def main() -> int:
     args = build_parser().parse_args()
     result = {"benchmark": "engine_faults", **run_with_faults(args.records, args.concurrency, args.request_timeout)}
     result["seconds_from_fatal_to_stop"] = round(seconds_to_stop(), 3)
-    print(json.dumps(result))
+    write_line(result, args.output_file)
     is_good = not (result["n_in_both_or_in_none"] or result["n_other_than_sent_last"] or result["fault_text_in_output"])
     return int(not is_good)
 

@@ -5,7 +5,7 @@ temporary folder. Each kill comes after a random number of requests and some ran
 meets start-up, calls in flight, ledger lines and the final writing. Prints one JSON line; exit code 1 where
 the files differ or a recorded request was sent again. Example:
 
-``PYTHONPATH=. python benchmarks/engine_kills.py --kills 50 --records 500``
+``python -m benchmarks.engine_kills --kills 50 --records 500``
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import add_output_argument, write_line
 from tests.chat_server import english
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
@@ -143,6 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--records", type=int, default=500)
     parser.add_argument("--seed", type=int, default=42)
+    add_output_argument(parser)
     return parser
 
 
@@ -155,7 +157,7 @@ def main() -> int:
             result = run(bench, args.kills, args.records, args.seed)
         finally:
             bench.stop()
-    print(json.dumps(result))
+    write_line(result, args.output_file)
     return int(not all(result["files_equal"].values()) or result["n_recorded_requests_sent_again"] > 0)
 
 

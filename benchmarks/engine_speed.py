@@ -11,7 +11,7 @@ Starts ``engine_server.py`` in a process of its own. Cases:
 
 Prints one JSON line a case. Example:
 
-``PYTHONPATH=. python benchmarks/engine_speed.py --cases slow,fast,original,stuck,cpu``
+``python -m benchmarks.engine_speed --cases slow,fast,original,stuck,cpu``
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import os
 import statistics
 import subprocess
@@ -33,6 +32,7 @@ from typing import Any
 
 import openai
 
+from benchmarks.common import add_output_argument, write_line
 from codes.common import llm
 from codes.common.llm import Completion, CompletionRequest, Engine, Ledger, LlmClient
 from tests.chat_server import english
@@ -215,38 +215,41 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--original_requests", type=int, default=300)
     parser.add_argument("--cpu_requests", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
+    add_output_argument(parser)
     return parser
+
+
+def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The results of the cases, in their order."""
+    rates = {}
+    for case in args.cases.split(","):
+        if case == "slow":
+            results = [
+                measure_against_ideal(case, n=args.slow_requests, concurrency=256, min_seconds=1.0, max_seconds=3.0)
+            ]
+        elif case == "fast":
+            results = [
+                measure_against_ideal(case, n=args.fast_requests, concurrency=16, min_seconds=0.2, max_seconds=0.2)
+            ]
+        elif case == "original":
+            results = [measure_original(args.original_requests)]
+        elif case == "stuck":
+            results = list(measure_stuck(args.fast_requests))
+        elif case == "cpu":
+            results = [measure_cpu(args.cpu_requests, concurrency, args.rounds) for concurrency in (16, 256)]
+        else:
+            raise SystemExit(f"unknown case {case!r}; allowed: slow, fast, original, stuck, cpu")
+        rates[case] = results[0].get("requests_per_second")
+        yield from results
+    if {"slow", "original"} <= rates.keys():
+        yield {"benchmark": "engine_speed/ratio", "slow_to_original": round(rates["slow"] / rates["original"], 2)}
 
 
 def main() -> int:
     """Print one JSON line a case."""
     args = build_parser().parse_args()
-    cases = args.cases.split(",")
-    rates = {}
-    for case in cases:
-        if case == "slow":
-            result = measure_against_ideal(
-                case, n=args.slow_requests, concurrency=256, min_seconds=1.0, max_seconds=3.0
-            )
-        elif case == "fast":
-            result = measure_against_ideal(case, n=args.fast_requests, concurrency=16, min_seconds=0.2, max_seconds=0.2)
-        elif case == "original":
-            result = measure_original(args.original_requests)
-        elif case == "stuck":
-            for result in measure_stuck(args.fast_requests):
-                print(json.dumps(result), flush=True)
-            continue
-        elif case == "cpu":
-            for concurrency in (16, 256):
-                print(json.dumps(measure_cpu(args.cpu_requests, concurrency, args.rounds)), flush=True)
-            continue
-        else:
-            raise SystemExit(f"unknown case {case!r}; allowed: slow, fast, original, stuck, cpu")
-        rates[case] = result["requests_per_second"]
-        print(json.dumps(result), flush=True)
-    if {"slow", "original"} <= rates.keys():
-        ratio = rates["slow"] / rates["original"]
-        print(json.dumps({"benchmark": "engine_speed/ratio", "slow_to_original": round(ratio, 2)}), flush=True)
+    for result in measured(args):
+        write_line(result, args.output_file)
     return 0
 
 

@@ -4,7 +4,7 @@ Makes a tiny reward model and evaluation files in a temporary folder and starts 
 comes at a random number of stored scores and some random milliseconds later, or at a random moment of the start, so that it
 meets loading, scoring, transactions and the final writing. Prints one JSON line; exit code 1 where the results differ. Example:
 
-``PYTHONPATH=. python benchmarks/eval_kills.py --kills 30``
+``python -m benchmarks.eval_kills --kills 30``
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 from transformers import LlamaForSequenceClassification
 
+from benchmarks.common import add_output_argument, write_line
 from codes.common.score_store import STORE_FILE
 from codes.evaluate.scorer_setup import RUN_FIELDS
 from tests.conftest import chatml_tokenizer, save_tiny, spread, tiny_config
@@ -162,6 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--rows", type=int, default=300, help="rows of each of the three evaluation files")
     parser.add_argument("--seed", type=int, default=42)
+    add_output_argument(parser)
     return parser
 
 
@@ -170,7 +172,7 @@ def main() -> int:
     args = build_parser().parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = run(Bench(Path(folder), args.rows, args.seed), args.kills, args.seed)
-    print(json.dumps(result))
+    write_line(result, args.output_file)
     return int(bool(result["files_that_differ"]))
 
 

@@ -5,8 +5,8 @@ import; its stack is dumped a moment before each kill, which tells the phase tha
 them, or their launcher, is killed. Log (without seconds) and final weights must be equal bit for bit with one process, to 1e-6
 with two. Prints one JSON line; exit code 1 where they differ. A two-layer model: minutes. Examples:
 
-``PYTHONPATH=. python benchmarks/training_kills.py --kills 20``
-``PYTHONPATH=. python benchmarks/training_kills.py --kills 3 --ranks 2 --engine configs/ds_z2_config.json``
+``python -m benchmarks.training_kills --kills 20``
+``python -m benchmarks.training_kills --kills 3 --ranks 2 --engine configs/ds_z2_config.json``
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from benchmarks.common import add_output_argument, write_line
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 SECONDS_A_KILL = 0.6
@@ -325,6 +327,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--epochs", type=int, default=0, help="0: long enough for the kills")
     parser.add_argument("--seed", type=int, default=42)
+    add_output_argument(parser)
     return parser
 
 
@@ -343,7 +346,7 @@ def main() -> int:
         ]  # fmt: skip
         runs = OneProcess(folder, arguments) if args.ranks == 1 else TwoRanks(folder, arguments, args.engine)
         result = run(runs, args.kills, args.seed)
-    print(json.dumps(result))
+    write_line(result, args.output_file)
     tolerance = 0.0 if args.ranks == 1 else 1e-6
     worst = max(result["largest_log_difference"], result["largest_weight_difference"])
     return int(worst > tolerance or bool(result["left_over"]))

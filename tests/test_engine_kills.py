@@ -1,4 +1,4 @@
-"""Kill -9 at random moments of a whole step; ``benchmarks/engine_kills.py --kills 50`` is the long form."""
+"""Kill -9 at random moments of a whole step; ``python -m benchmarks.engine_kills --kills 50`` is the long form."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ REPO_ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes() -> None:
-    command = [sys.executable, "benchmarks/engine_kills.py", "--kills", "4", "--records", "60"]
+    command = [sys.executable, "-m", "benchmarks.engine_kills", "--kills", "4", "--records", "60"]
     environment = os.environ | {"PYTHONPATH": str(REPO_ROOT)}
     done = subprocess.run(command, cwd=REPO_ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr

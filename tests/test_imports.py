@@ -22,8 +22,8 @@ ALLOWED = {
     "evaluate": ("codes.common", "codes.train.reward_model"),
 }
 SCRIPT_FOLDERS = ("data", "scripts", "benchmarks")
-# The benchmarks are a package of their own: its modules, and the tests of it, import each other. Nothing else imports them.
-BENCHMARKS_TESTS = ("tests.test_benchmarks", "tests.test_benchmark_sharing")
+# The benchmarks are a package of their own: its modules, and the test of it, import each other. Nothing else imports them.
+BENCHMARKS_TESTS = ("tests.test_benchmarks",)
 
 
 def python_files(*folders: str) -> list[Path]:

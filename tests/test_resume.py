@@ -285,8 +285,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(
 
 
 def test_kills_in_every_phase(tmp_path: Path) -> None:
-    """``benchmarks/training_kills.py --kills 20`` is the long form."""
-    command = [sys.executable, "benchmarks/training_kills.py", "--kills", "3", "--seed", "5", "--epochs", "15"]
+    """``python -m benchmarks.training_kills --kills 20`` is the long form."""
+    command = [sys.executable, "-m", "benchmarks.training_kills", "--kills", "3", "--seed", "5", "--epochs", "15"]
     environment = os.environ | {"PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=REPO_ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -297,7 +297,7 @@ def test_kills_in_every_phase(tmp_path: Path) -> None:
 
 
 def test_deepspeed_resumes_where_it_was(flags: Callable[..., list[str]], tmp_path: Path) -> None:
-    """ZeRO-3 in bf16; ``benchmarks/training_kills.py --ranks 2 --engine ... --precision ...`` has the others, with kills."""
+    """ZeRO-3 in bf16; ``python -m benchmarks.training_kills --ranks 2 --engine ...`` has the others, with kills."""
     whole, out = tmp_path / "whole", tmp_path / "out"
     extra = ("--precision", "bf16", "--save_steps", "7", "--learning_rate", "1e-4")
     knobs = {"NUM_PROCESSES": "2", "DEEPSPEED_CONFIG": "configs/ds_z3_config.json"}
