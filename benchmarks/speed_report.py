@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.profiling import MATRIX_MULTIPLICATION
 from benchmarks.suites import GEMM, PROFILED
 from codes.common.records import write_jsonl, write_text
-from codes.common.reporting import BLUE, GREY, VERMILION, Section, number, render_markdown
+from codes.common.reporting import BLUE, GREY, VERMILION, Section, number, plot_settings, render_markdown
 
 Line = dict[str, Any]
 RATES = {"training": "groups_per_second", "scoring": "texts_per_second"}
@@ -440,19 +440,16 @@ def plot_growth(lines: Sequence[Line]) -> str:
 
 def plot_panels(draw: Callable[[Sequence[Any]], None], n: int, *, columns: int, width: float, height: float) -> str:
     """Panels side by side, drawn by ``draw``; the same input gives the same SVG text."""
-    import matplotlib
+    with plot_settings():
+        from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with pyplot.rc_context({"svg.hashsalt": "contrastrm", "svg.fonttype": "none", "font.size": 10}):
         n_rows = -(-n // columns)
-        figure, axes = pyplot.subplots(n_rows, columns, figsize=(width * columns, height * n_rows), squeeze=False)
+        figure = Figure(figsize=(width * columns, height * n_rows))
+        axes = figure.subplots(n_rows, columns, squeeze=False)
         for unused in axes.flat[n:]:
             unused.set_visible(False)
         draw(axes.flat[:n])
         figure.tight_layout()
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-        pyplot.close(figure)
     return buffer.getvalue()

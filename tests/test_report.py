@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from codes.common.biases import EVALUABLE, PAIRWISE
 from codes.common.errors import ContrastRMError
 from codes.common.reporting import Cell, markdown_table, percent, percent_interval, text_table
-from codes.evaluate import eval_reward_bench, eval_rm, report
+from codes.evaluate import compare_models, eval_reward_bench, eval_rm, report
 from codes.evaluate.report_pairs import (
     SHORTEST_KEPT_RUN,
     PairScores,
@@ -247,6 +247,70 @@ def test_names_of_models_and_files_are_escaped(evaluated: list[Path], tmp_path: 
     tree = page_of(tmp_path / "out")
     assert len(tree.all("script")) == 1 and not tree.all("b")
     assert any(element.text == "<b>model&" for element in tree.all("dt"))
+
+
+HOSTILE_NAME = "# $x^{$ _a_ [b](c) <i>d \u202eevil `e` *f* $100$"
+
+
+def test_names_of_models_are_text_in_markdown_pages_and_plots(evaluated: list[Path], tmp_path: Path) -> None:
+    """Each document is read as its reader's program would: only what the report itself has written is markup."""
+    markdown = pytest.importorskip("markdown_it")
+    folder = Path(shutil.copytree(evaluated[0], tmp_path / HOSTILE_NAME))
+    edit_summary(folder, lambda s: s["metadata"].update(model_path="m | ![p](http://q/r) \n\n# heading \u2066"))
+    output = tmp_path / "out"
+    report.write_joint_report([folder, evaluated[1]], output)
+    arguments = [str(folder), str(evaluated[1]), "--n_resamples", "100"]
+    assert compare_models.main([*arguments, "--output_file", str(output / "comparison.md")]) == 0
+    for name in ("report.md", "comparison.md"):
+        text = (output / name).read_text(encoding="utf-8")
+        blocks = markdown.MarkdownIt("commonmark").enable("table").parse(text)
+        tokens = [token for block in blocks for token in (block, *(block.children or ()))]
+        markup = [token for token in tokens if token.type in ("link_open", "html_inline", "html_block", "code_inline")]
+        assert not markup, name
+        pictures = [str(token.attrs["src"]) for token in tokens if token.type == "image"]
+        assert all((output / picture).is_file() for picture in pictures)
+        shown = "".join(token.content for token in tokens if token.type == "text")
+        assert HOSTILE_NAME.replace("\u202e", "\ufffd") in shown
+        assert not re.search("[\u202a-\u202e\u2066-\u2069]", text)
+        assert not [block for block in blocks if block.type == "inline" and block.content == "heading"]
+    assert "\u202e" not in (output / "report.html").read_text(encoding="utf-8")
+    drawn = (output / "bias_sensitivity.svg").read_text(encoding="utf-8")
+    assert "# $x^{$ _a_ [b](c) &lt;i&gt;d…" in drawn
+
+
+def test_direction_characters_do_not_reach_the_page(evaluated: list[Path]) -> None:
+    assert HOSTILE.count("\u202e") == 1
+    for name in ("report.html", "report.md"):
+        assert "\u202e" not in (evaluated[0] / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("backend", ["nonsense", "module://matplotlib_inline.backend_inline"])
+def test_backend_of_the_environment_does_not_matter(one: Path, backend: str) -> None:
+    for picture in one.glob("*.png"):
+        picture.unlink()
+    done = run_module("codes.evaluate.report", one, env={"MPLBACKEND": backend})
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr
+    assert {"bias_sensitivity.png", "score_gaps.png", "reward_bench_sections.png"} <= {
+        p.name for p in one.glob("*.png")
+    }
+
+
+def test_a_plot_that_fails_is_a_warning(one: Path, tmp_path: Path) -> None:
+    """One picture cannot be written, then none can be drawn: the page and its tables are there all the same."""
+    (one / "bias_sensitivity.png").unlink()
+    (one / "bias_sensitivity.png" / "in the way").mkdir(parents=True)
+    done = run_module("codes.evaluate.report", one)
+    assert done.returncode == 0, done.stderr
+    assert "warning: no picture bias_sensitivity " in done.stderr
+    broken = tmp_path / "packages" / "matplotlib"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('broken here')")
+    done = run_module("codes.evaluate.report", one, env={"PYTHONPATH": f"{broken.parent}:{REPO_ROOT}"})
+    assert done.returncode == 0, done.stderr
+    assert "warning: no picture pair_accuracy: ImportError: broken here" in done.stderr
+    assert "Accuracy and bias sensitivity by bias" in (one / "report.md").read_text(encoding="utf-8")
+    assert not (one / "pair_accuracy.png").exists()
 
 
 def test_figures_on_the_page_are_those_of_the_summary(evaluated: list[Path]) -> None:

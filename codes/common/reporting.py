@@ -8,9 +8,12 @@ Reads nothing but the installed versions and the git commit; what it returns is 
 from __future__ import annotations
 
 import io
+import os
 import platform
+import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -21,6 +24,19 @@ REPORTED_PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "numpy
 
 # Okabe and Ito's palette: told apart with every common colour vision deficiency.
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#666666"
+
+# Control characters and lone surrogates, which no document may hold, and those that turn the reading direction of what stands
+# around them: embeddings, overrides and isolates.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+# What Markdown reads as more than text. An interval such as [21.4, 24.8] is none of it, nor is the mark in "< 0.001".
+_MARKUP = re.compile(
+    r"(?P<interval>\[[-+–\d., ]*\](?![(\[:]))"
+    r"|[\\`*|~$\[\]]"  # code, emphasis, columns, mathematics, links
+    r"|(?<![^\W_])_|_(?![^\W_])"  # emphasis: an underscore at the edge of a word
+    r"|<(?=[A-Za-z/!?])|&(?=\#?\w+;)"  # HTML
+    r"|^[#>]|^[-+=](?=[-+=\s]|$)"  # headings, quotations, lists
+)
+_LIST_NUMBER = re.compile(r"^(\d{1,9})([.)])(?=\s|$)")
 
 
 @dataclass(frozen=True)
@@ -92,9 +108,24 @@ def p_value(value: float | None) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
+def printable(text: str) -> str:
+    """Text without the characters that no document may hold or that turn the reading direction: each becomes U+FFFD."""
+    return _UNPRINTABLE.sub("\ufffd", text)
+
+
+def markdown_text(text: str) -> str:
+    """Text that others chose (a model's name, a path, an id) as one line of Markdown that shows it and does nothing else."""
+    line = _MARKUP.sub(_escaped, printable(" ".join(text.split())))
+    return _LIST_NUMBER.sub(r"\1\\\2", line)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return found[0] if found["interval"] else f"\\{found[0]}"
+
+
 def text_table(header: Sequence[str], rows: Sequence[Row]) -> str:
     """Columns padded with blanks: the first to the left, the others to the right."""
-    table = [[str(cell) for cell in row] for row in (header, *rows)]
+    table = [[printable(" ".join(str(cell).splitlines())) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[column]) for row in table) for column in range(len(header))]
     lines = [
         "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
@@ -105,13 +136,13 @@ def text_table(header: Sequence[str], rows: Sequence[Row]) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Row]) -> str:
-    """A GitHub table; bars and line breaks inside cells are escaped."""
-    lines = [_markdown_row(header), _markdown_row(["---"] + ["---:"] * (len(header) - 1))]
+    """A GitHub table; a cell is text (``markdown_text``) and no markup."""
+    lines = [_markdown_row(header), "| " + " | ".join(["---"] + ["---:"] * (len(header) - 1)) + " |"]
     return "\n".join(lines + [_markdown_row(row) for row in rows])
 
 
 def _markdown_row(cells: Row) -> str:
-    return "| " + " | ".join(" ".join(str(cell).split()).replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(markdown_text(str(cell)) for cell in cells) + " |"
 
 
 def render_markdown(title: str, sections: Sequence[Section]) -> str:
@@ -137,28 +168,42 @@ class Panel:
     colour: str = BLUE
 
 
+@contextmanager
+def plot_settings(**settings: Any) -> Iterator[None]:
+    """Settings of every plot: a name is text and never mathematics, the same input gives the same bytes.
+
+    Draw on a ``matplotlib.figure.Figure``, which has a canvas of its own: no backend is asked for, whatever the environment
+    names. matplotlib itself refuses to be imported where ``MPLBACKEND`` is a name that it does not know.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    usual = {"svg.hashsalt": "contrastrm", "svg.fonttype": "none", "font.size": 10}
+    with matplotlib.rc_context({**usual, "text.parse_math": False, "text.usetex": False, **settings}):
+        yield
+
+
 def plot_rates(labels: Sequence[str], panels: Sequence[Panel]) -> str:
     """Dots with intervals, one row a label, panels side by side on the same rows.
 
     Returns:
         SVG text; the same input gives the same text.
     """
-    import matplotlib
+    with plot_settings():
+        from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with pyplot.rc_context({"svg.hashsalt": "contrastrm", "svg.fonttype": "none", "font.size": 10}):
-        size = (4.2 * len(panels) + 1.2, 0.36 * len(labels) + 1.3)
-        figure, axes = pyplot.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
+        figure = Figure(figsize=(4.2 * len(panels) + 1.2, 0.36 * len(labels) + 1.3))
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)
         for axis, panel in zip(axes[0], panels, strict=True):
             _draw_panel(axis, panel)
-        axes[0][0].set_yticks(range(len(labels)), labels)
+        axes[0][0].set_yticks(range(len(labels)), [printable(label) for label in labels])
         axes[0][0].invert_yaxis()
         figure.tight_layout()
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-        pyplot.close(figure)
     return buffer.getvalue()
 
 

@@ -30,9 +30,11 @@ from codes.common.errors import ContrastRMError
 from codes.common.records import write_json, write_text
 from codes.common.reporting import (
     markdown_table,
+    markdown_text,
     p_value,
     percent,
     percent_interval,
+    printable,
     rate_cell,
     run_metadata,
     text_table,
@@ -640,15 +642,15 @@ def main(argv: list[str] | None = None) -> int:
         markdown += [markdown_table(header, rows), note]
     notes = [f"Not comparable: {difference}." for difference in comparison["not_comparable"]]
     notes += row_notes(comparison)
-    text += notes
-    markdown += notes
+    text += map(printable, notes)
+    markdown += map(markdown_text, notes)
     for benchmark in inputs.benchmarks.values():
         header, rows = benchmark_table(benchmark)
-        text += ["", benchmark.label, text_table(header, rows)]
-        markdown += [f"{benchmark.label}:", markdown_table(header, rows)]
+        text += ["", printable(benchmark.label), text_table(header, rows)]
+        markdown += [f"{markdown_text(benchmark.label)}:", markdown_table(header, rows)]
     for title, columns, cells in comparison_tables(comparison):
-        text += ["", title, text_table(columns, cells)]
-        markdown += [f"## {title}", markdown_table(columns, cells)]
+        text += ["", printable(title), text_table(columns, cells)]
+        markdown += [f"## {markdown_text(title)}", markdown_table(columns, cells)]
     print("\n".join(text))
     if args.output_file:
         write_text(args.output_file, "\n\n".join(markdown) + "\n")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -112,8 +113,8 @@ def write_joint_report(folders: Sequence[Path], output: Path, *, max_pairs: int 
     written = {name for plot in plots for name in _write_plot(output, plot)}
     for pattern in PLOT_NAMES:
         for path in [*output.glob(f"{pattern}.svg"), *output.glob(f"{pattern}.png")]:
-            if path.name not in written:
-                path.unlink(missing_ok=True)
+            if path.name not in written and path.is_file():
+                path.unlink()
     write_jsonl(output / PAIRS_FILE, pairs)
     write_text(output / "report.md", render_markdown(page))
     write_text(output / "report.html", render_html(page))
@@ -121,9 +122,14 @@ def write_joint_report(folders: Sequence[Path], output: Path, *, max_pairs: int 
 
 
 def _write_plot(folder: Path, plot: Plot) -> list[str]:
-    write_text(folder / f"{plot.name}.svg", plot.svg)
-    with open_atomic(folder / f"{plot.name}.png") as handle:
-        cast(io.TextIOWrapper, handle).buffer.write(plot.png)
+    """Names of the files; none, with a warning, where they cannot be written: the page has the picture too."""
+    try:
+        write_text(folder / f"{plot.name}.svg", plot.svg)
+        with open_atomic(folder / f"{plot.name}.png") as handle:
+            cast(io.TextIOWrapper, handle).buffer.write(plot.png)
+    except (ContrastRMError, OSError) as error:
+        print(f"warning: no picture {plot.name} in files of its own: {error}", file=sys.stderr)
+        return []
     return [f"{plot.name}.svg", f"{plot.name}.png"]
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -21,7 +20,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from codes.common.reporting import Cell, Row, markdown_table
+from codes.common.reporting import Cell, Row, markdown_table, markdown_text, printable
 from codes.evaluate.report_pairs import TurnedPair
 from codes.evaluate.report_plots import Plot, themed_svg
 
@@ -35,8 +34,6 @@ NO_FIGURE_NOTE = (
     "–: there is no such figure. (0/0): nothing to take a rate of, for BSR: no pair was right before the rewrite. "
     "[–]: no interval, there is no spread to take one from."
 )
-# Control characters that HTML does not allow, and those that turn the reading direction of what stands around them.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
@@ -116,11 +113,6 @@ class Page:
     pairs: PairView | None = None
 
 
-def printable(text: str) -> str:
-    """Text without the characters that HTML does not allow (each becomes the replacement character)."""
-    return _UNPRINTABLE.sub("\ufffd", text)
-
-
 def excerpt(text: str) -> str:
     """The beginning of a text on one line."""
     line = " ".join(text.split())
@@ -158,19 +150,21 @@ def render_html(page: Page) -> str:
 
 def render_markdown(page: Page) -> str:
     """The page as Markdown: every table and note; plots are linked by file name, texts of pairs left to the page."""
-    blocks = [f"# {page.title}", page.lead]
+    text = markdown_text  # names of models, paths and labels of data stand in all of it
+    blocks = [f"# {text(page.title)}", text(page.lead)]
     if len(page.models) > 1:
-        blocks.append("\n".join(f"- {name}: {what}" for name, what in page.models))
+        blocks.append("\n".join(f"- {text(name)}: {text(what)}" for name, what in page.models))
     if page.notes:
-        blocks.append("\n".join(f"- Note: {note}" for note in page.notes))
+        blocks.append("\n".join(f"- Note: {text(note)}" for note in page.notes))
     for part in page.parts:
-        blocks += [f"## {part.title}", *part.paragraphs]
-        blocks += [f"![{figure.plot.text}]({figure.plot.name}.png)\n\n*{figure.caption}*" for figure in part.figures]
+        blocks += [f"## {part.title}", *map(text, part.paragraphs)]
+        for figure in part.figures:
+            blocks += [f"![{text(figure.plot.text)}]({figure.plot.name}.png)", f"*{text(figure.caption)}*"]
         for table in part.tables:
-            blocks += [f"**{table.caption}**", markdown_table(table.header, table.rows), *table.notes]
+            blocks += [f"**{text(table.caption)}**", markdown_table(table.header, table.rows), *map(text, table.notes)]
     if page.pairs is not None:
         view = page.pairs
         found = f"{view.n_turned} pairs that at least one model was turned round on, listed in {view.file_name}."
         blocks += ["## Pairs that turned", f"{found} report.html shows {len(view.pairs)} of them with their texts."]
-        blocks += view.notes
+        blocks += map(text, view.notes)
     return "\n\n".join(blocks) + "\n"

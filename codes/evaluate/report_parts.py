@@ -7,6 +7,7 @@ Takes the results of models; returns ``Part``s. Reads and writes nothing.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -117,6 +118,15 @@ def _reward_bench_table(
 # --- parts ---
 
 
+def _figure(caption: str, draw: Callable[..., Plot], name: str, *values: Any) -> list[Figure]:
+    """A plot with its caption; none, with a warning, where it cannot be drawn: its figures stand in the tables."""
+    try:
+        return [Figure(draw(name, *values), caption)]
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        print(f"warning: no picture {name}: {type(error).__name__}: {error}", file=sys.stderr)
+        return []
+
+
 def baselines_of(results: Sequence[ModelResults]) -> Mapping[str, Summary]:
     """The baselines of the first model that has them: they are figures of the rows, not of a model."""
     return next((model.bias["baselines"] for model in results if model.bias and model.bias.get("baselines")), {})
@@ -188,13 +198,13 @@ def _sensitivity(results: Sequence[ModelResults]) -> Part | None:
         if any(rate is not None for rate in some.rates):
             rates.append(Series(some.name, some.rates, [None] * len(labels), some.colour, some.marker, lane=some.lane))
     figures = [
-        Figure(plot_rates("bias_sensitivity", "Bias sensitivity rate (lower is better)",
-                          _plot_text("bias sensitivity rate", rates, labels), labels, rates), _SENSITIVITY_CAPTION),
-        Figure(plot_before_after("pair_accuracy", "Accuracy before and after the rewrite",
-                                 "Pair accuracy of every bias before and after the rewrite, with 95 % intervals. "
-                                 "The figures stand in the table below.", labels,
-                                 _model_series(results, "original_pair_accuracy", labels, filled=False),
-                                 _model_series(results, "biased_pair_accuracy", labels)), _ACCURACY_CAPTION),
+        *_figure(_SENSITIVITY_CAPTION, plot_rates, "bias_sensitivity", "Bias sensitivity rate (lower is better)",
+                 _plot_text("bias sensitivity rate", rates, labels), labels, rates),
+        *_figure(_ACCURACY_CAPTION, plot_before_after, "pair_accuracy", "Accuracy before and after the rewrite",
+                 "Pair accuracy of every bias before and after the rewrite, with 95 % intervals. "
+                 "The figures stand in the table below.", labels,
+                 _model_series(results, "original_pair_accuracy", labels, filled=False),
+                 _model_series(results, "biased_pair_accuracy", labels)),
     ]  # fmt: skip
     tables = _bias_table(results, "Accuracy and bias sensitivity by bias", BIAS_HEADER, bias_rows)
     return Part("sensitivity", "Bias sensitivity", _SENSITIVITY_TEXT, figures, tables)
@@ -231,7 +241,7 @@ def _flips(results: Sequence[ModelResults]) -> Part | None:
     tables += _bias_table(results, "What was enough for a flip", CAUSE_HEADER, cause_rows)
     if not tables:
         return None
-    figures = []
+    figures: list[Figure] = []
     for index, model in enumerate(results):
         named = [(name, fields["flip_attribution"]) for name, fields in (named_rows(model.bias) if model.bias else ())
                  if fields.get("flip_attribution")]  # fmt: skip
@@ -241,23 +251,24 @@ def _flips(results: Sequence[ModelResults]) -> Part | None:
             counts = [[causes[f"{cause}_count"] for cause in CAUSES] for _, causes in named]
             parts = [(cause.replace("_", " "), colour) for cause, colour in zip(CAUSES, CAUSE_COLOURS, strict=True)]
             text = "Share of the flips by the rewritten text that was enough for them; the counts stand in the table."
-            plot = plot_shares(_plot_name("flip_attribution", index, results), _titled("What flipped it", model, results),
-                               text, [name for name, _ in named], parts, counts)  # fmt: skip
-            figures.append(Figure(plot, "Which rewritten text, the other left as it was, is enough for the flip."))
+            figures += _figure(
+                "Which rewritten text, the other left as it was, is enough for the flip.", plot_shares,
+                _plot_name("flip_attribution", index, results), _titled("What flipped it", model, results), text,
+                [name for name, _ in named], parts, counts)  # fmt: skip
     return Part("flips", "Flips, and what caused them", _FLIP_TEXT, figures, tables)
 
 
 def _gaps(results: Sequence[ModelResults]) -> Part | None:
     tables = _bias_table(results, "What the rewrite does to the score gap", GAP_HEADER, gap_rows)
     tables += _bias_table(results, "With length held still", LENGTH_HEADER, length_rows)
-    figures = []
+    figures: list[Figure] = []
     for index, model in enumerate(results):
         labels, gaps = _gap_values(model)
         if labels:
-            plot = plot_gaps(_plot_name("score_gaps", index, results), _titled("Score gaps", model, results),
-                             "Histograms of the score gap of every bias, before and after the rewrite. "
-                             "The mean shifts stand in the table below.", labels, gaps)  # fmt: skip
-            figures.append(Figure(plot, _GAP_CAPTION))
+            figures += _figure(
+                _GAP_CAPTION, plot_gaps, _plot_name("score_gaps", index, results),
+                _titled("Score gaps", model, results), "Histograms of the score gap of every bias, before and after the "
+                "rewrite. The mean shifts stand in the table below.", labels, gaps)  # fmt: skip
     if not tables and not figures:
         return None
     return Part("gaps", "Score gaps and length", _GAP_TEXT, figures, tables)
@@ -323,8 +334,8 @@ def _reward_bench(results: Sequence[ModelResults]) -> Part | None:
     if not found:
         return None
     figures = [
-        Figure(_bench_plot(results, "sections", "Accuracy by section"), _SECTION_CAPTION),
-        Figure(_bench_plot(results, "subsets", "Accuracy by subset"), "Dots: accuracy, a tie is not correct."),
+        *_bench_figure(_SECTION_CAPTION, results, "sections", "Accuracy by section"),
+        *_bench_figure("Dots: accuracy, a tie is not correct.", results, "subsets", "Accuracy by subset"),
     ]
     overall: list[Row] = [[model.name, *_bench_cells(model.reward_bench), str(cast(Summary, model.reward_bench)["label"])]
                           for model in found]  # fmt: skip
@@ -368,7 +379,7 @@ def _judges(results: Sequence[ModelResults]) -> Part | None:
     return Part("judges", "Judges", _JUDGE_TEXT, tables=[Table("Answers of the judges", JUDGE_HEADER, rows)])
 
 
-def _bench_plot(results: Sequence[ModelResults], level: str, title: str) -> Plot:
+def _bench_figure(caption: str, results: Sequence[ModelResults], level: str, title: str) -> list[Figure]:
     summaries = [model.reward_bench for model in results]
     labels = list(dict.fromkeys(name for some in summaries if some for name, fields in some[level].items()
                                 if fields["accuracy"] is not None))  # fmt: skip
@@ -383,7 +394,7 @@ def _bench_plot(results: Sequence[ModelResults], level: str, title: str) -> Plot
     shown = [f"{label} *" if any(some and some[level].get(label, {}).get("partial") for some in summaries) else label
              for label in labels]  # fmt: skip
     text = f"{title}, with 95 % intervals. The figures stand in the table below."
-    return plot_rates(f"reward_bench_{level}", title, text, shown, series)
+    return _figure(caption, plot_rates, f"reward_bench_{level}", title, text, shown, series)
 
 
 def _making(results: Sequence[ModelResults]) -> Part:

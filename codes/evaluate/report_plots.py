@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from codes.common.reporting import plot_settings, printable
+
 # Hues of Okabe and Ito, told apart with every common colour vision deficiency; darkened until white text on them and they
 # on white have a contrast of at least 4.5. Each stands for itself and for its partner on a dark page (see ``themed_svg``).
 BLUE, VERMILION, GREEN, PURPLE, BROWN, TEAL = "#0b62a0", "#b84a00", "#00755a", "#9c4278", "#7a5c00", "#1f6f80"
@@ -95,7 +97,8 @@ def model_style(index: int) -> tuple[str, str]:
 
 def shortened(name: str) -> str:
     """A name that fits into a plot."""
-    return name if len(name) <= LONGEST_LABEL else f"{name[: LONGEST_LABEL - 1]}…"
+    line = printable(" ".join(name.split()))
+    return line if len(line) <= LONGEST_LABEL else f"{line[: LONGEST_LABEL - 1]}…"
 
 
 def plot_rates(name: str, title: str, text: str, labels: Sequence[str], series: Sequence[Series]) -> Plot:
@@ -271,10 +274,6 @@ def _canvas(
     axis_label_lines: int = 1,
 ) -> Iterator[tuple[Any, Any]]:
     """A figure with one axis, its margins computed from the labels (a layout engine takes longer than the drawing)."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
     shown = [shortened(label) for label in labels]
     # Two columns where the longest name leaves room for a second one.
     columns = 2 if max((len(text) for text, _ in entries), default=0) <= LONGEST_LABEL and len(entries) > 1 else 1
@@ -285,7 +284,6 @@ def _canvas(
     left = 0.12 + 0.068 * max((len(label) for label in shown), default=1)
     settings = {
         "svg.hashsalt": name,
-        "svg.fonttype": "none",
         "font.size": FONT_SIZE,
         "font.family": "sans-serif",
         "axes.edgecolor": GRID,
@@ -293,7 +291,10 @@ def _canvas(
         "ytick.color": INK,
         "text.color": INK,
     }
-    with matplotlib.rc_context(settings):
+    with plot_settings(**settings):
+        from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
+
         figure = Figure(figsize=(WIDTH, height))
         axis = figure.add_axes((left / WIDTH, bottom / height, 1 - (left + 0.12) / WIDTH, rows / height))
         axis.set_facecolor("none")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from codes.common.records import write_text
-from codes.common.reporting import BLUE, GREY, VERMILION
+from codes.common.reporting import BLUE, GREY, VERMILION, plot_settings
 
 CURVES = "training_curves"
 # The rest of Okabe and Ito's palette, for single biases; line styles tell them apart without colour.
@@ -42,16 +42,14 @@ def draw_training_curves(
         evaluations: Entries of ``eval_log.jsonl``.
         best_step: Marked by an upright line.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import MaxNLocator
-
     has_pairs = any("eval/bsr" in entry for entry in evaluations)
-    with pyplot.rc_context({"svg.hashsalt": "contrastrm", "svg.fonttype": "none", "font.size": 10}):
+    with plot_settings():
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+
         n_panels = 3 if has_pairs else 2
-        figure, axes = pyplot.subplots(1, n_panels, figsize=(4.6 * n_panels, 3.9), squeeze=False)
+        figure = Figure(figsize=(4.6 * n_panels, 3.9))
+        axes = figure.subplots(1, n_panels, squeeze=False)
         loss, accuracy = axes[0][:2]
         _draw_training(loss, log, "train/loss", 1)
         _draw_held_out(loss, evaluations, "eval/loss", "held out", VERMILION, 1)
@@ -76,7 +74,6 @@ def draw_training_curves(
         text, unfinished = io.StringIO(), output_dir / f".{CURVES}.png"
         figure.savefig(text, format="svg", metadata={"Date": None})
         figure.savefig(unfinished, format="png", dpi=150)
-        pyplot.close(figure)
     write_text(output_dir / f"{CURVES}.svg", text.getvalue())
     os.replace(unfinished, output_dir / f"{CURVES}.png")
 
