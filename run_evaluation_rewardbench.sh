@@ -17,6 +17,7 @@ DATA_FILE="${DATA_FILE:-data/eval/reward_bench/own_sample.jsonl}"
 FORMAT="${FORMAT:-auto}"                           # auto | reward_bench | reward_bench_2 | rm_bench | llmbar | judgebench
 CATEGORY="${CATEGORY:-all}"                        # all | Chat | Chat Hard | Safety | Reasoning | another format's subset
 RESULTS_DIR="${RESULTS_DIR:-results}"
+CHAT_TEMPLATE="${CHAT_TEMPLATE:-}"                # a Jinja file | chatml: for a tokenizer without template; empty: its own
 MAX_LENGTH="${MAX_LENGTH:-0}"                      # 0: the model's own limit
 OVERLENGTH="${OVERLENGTH:-left}"                   # left | drop | keep_end | error
 MAX_TOKENS_PER_BATCH="${MAX_TOKENS_PER_BATCH:-0}" # 0: what suits the device
@@ -35,6 +36,6 @@ source scripts/env.sh
 
 exec_on_processes -m codes.evaluate.eval_reward_bench \
   --model_path "$MODEL_PATH" --data_file "$DATA_FILE" --format "$FORMAT" --category "$CATEGORY" --results_dir "$RESULTS_DIR" \
-  --max_length "$MAX_LENGTH" --overlength "$OVERLENGTH" --max_tokens_per_batch "$MAX_TOKENS_PER_BATCH" --packing "$PACKING" \
+  --chat_template "$CHAT_TEMPLATE" --max_length "$MAX_LENGTH" --overlength "$OVERLENGTH" --max_tokens_per_batch "$MAX_TOKENS_PER_BATCH" --packing "$PACKING" \
   --fused_kernels "$FUSED_KERNELS" --dtype "$DTYPE" --device "$DEVICE" --limit_per_subset "$LIMIT_PER_SUBSET" --seed "$SEED" \
   --max_bad_rows "$MAX_BAD_ROWS" --score_store "$SCORE_STORE" "$@"

@@ -13,6 +13,7 @@ MODEL_PATH="${MODEL_PATH:-output/contrastive}"     # a reward model: a folder or
 DATA_DIR="${DATA_DIR:-data/eval}"                  # holds {bias}_bias.jsonl
 BIAS_TYPE="${BIAS_TYPE:-all}"                      # all | length | authority | …
 RESULTS_DIR="${RESULTS_DIR:-results}"
+CHAT_TEMPLATE="${CHAT_TEMPLATE:-}"                # a Jinja file | chatml: for a tokenizer without template; empty: its own
 MAX_LENGTH="${MAX_LENGTH:-0}"                      # 0: the model's own limit
 OVERLENGTH="${OVERLENGTH:-left}"                   # left | drop | keep_end | error
 MAX_TOKENS_PER_BATCH="${MAX_TOKENS_PER_BATCH:-0}" # 0: what suits the device
@@ -31,6 +32,6 @@ source scripts/env.sh
 
 exec_on_processes -m codes.evaluate.eval_rm \
   --model_path "$MODEL_PATH" --data_dir "$DATA_DIR" --bias_type "$BIAS_TYPE" --results_dir "$RESULTS_DIR" \
-  --max_length "$MAX_LENGTH" --overlength "$OVERLENGTH" --max_tokens_per_batch "$MAX_TOKENS_PER_BATCH" --packing "$PACKING" \
+  --chat_template "$CHAT_TEMPLATE" --max_length "$MAX_LENGTH" --overlength "$OVERLENGTH" --max_tokens_per_batch "$MAX_TOKENS_PER_BATCH" --packing "$PACKING" \
   --fused_kernels "$FUSED_KERNELS" --dtype "$DTYPE" --device "$DEVICE" --limit_per_bias "$LIMIT_PER_BIAS" --seed "$SEED" \
   --max_bad_rows "$MAX_BAD_ROWS" --score_store "$SCORE_STORE" "$@"

@@ -31,6 +31,7 @@ WEIGHT_DECAY="${WEIGHT_DECAY:-0.01}"
 WARMUP_STEPS="${WARMUP_STEPS:-100}"
 EPOCHS="${EPOCHS:-2}"
 MAX_STEPS="${MAX_STEPS:-0}"                        # 0: what EPOCHS gives
+CHAT_TEMPLATE="${CHAT_TEMPLATE:-}"                # a Jinja file | chatml: for a tokenizer without template; empty: its own
 MAX_LENGTH="${MAX_LENGTH:-1024}"                   # tokens of a conversation
 OVERLENGTH="${OVERLENGTH:-drop}"                   # drop | left | keep_end | error
 GLOBAL_BATCH_SIZE="${GLOBAL_BATCH_SIZE:-64}"       # groups in a step, over all processes
@@ -142,6 +143,7 @@ fi
   --mode "$MODE" --negatives "$NEGATIVES" --temperature "$TEMPERATURE" --margin "$MARGIN" \
   --learning_rate "$LEARNING_RATE" --weight_decay "$WEIGHT_DECAY" --warmup_steps "$WARMUP_STEPS" \
   --epochs "$EPOCHS" --max_steps "$MAX_STEPS" --max_length "$MAX_LENGTH" --overlength "$OVERLENGTH" \
+  --chat_template "$CHAT_TEMPLATE" \
   --global_batch_size "$GLOBAL_BATCH_SIZE" --micro_batch_size "$MICRO_BATCH_SIZE" \
   --max_tokens_per_batch "$MAX_TOKENS_PER_BATCH" --packing "$PACKING" --max_grad_norm "$MAX_GRAD_NORM" \
   --precision "$PRECISION" --gradient_checkpointing "$GRADIENT_CHECKPOINTING" --seed "$SEED" \

@@ -32,6 +32,7 @@ CHECKS = [
     "head precision",
     "pad token",
     "eos token",
+    "chat template",
     "BOS",
     "date in the template",
     "generation prompt",
@@ -147,7 +148,16 @@ def test_a_tokenizer_of_another_model(sick: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(sick)
     tokenizer.add_tokens([f"word{number}" for number in range(50)])
     tokenizer.save_pretrained(sick)
-    assert examine(sick)["vocabulary"].status == FAIL
+    [finding] = examine(sick).values()
+    assert finding.status == FAIL and "'word" in finding.found and "no embedding for" in finding.found
+
+
+def test_a_pad_token_without_embedding(sick: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(sick)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(sick)
+    status, words = status_of(doctor.check_vocabulary, sick)
+    assert status == FAIL and "plain transformers cannot load it" in words
 
 
 def test_a_head_that_is_rounded_on_loading(sick: Path) -> None:

@@ -2,14 +2,17 @@
 
 A conversation (prompt turns + one answer) is rendered with the tokenizer's chat template and tokenised exactly as
 ``apply_chat_template(tokenize=True)`` does it: no second BOS. A tokenizer without a template (an encoder) gets the pair
-(prompt text, answer). What is longer than the limit meets an explicit policy, and is counted.
+(prompt text, answer). What is longer than the limit meets an explicit policy, and is counted. What the template refuses, or
+what holds an id without an embedding, is refused by its place.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from jinja2 import TemplateError
@@ -21,6 +24,28 @@ from codes.common.records import Message, messages_to_text
 Overlength = Literal["drop", "left", "keep_end", "error"]
 OVERLENGTH_POLICIES: tuple[str, ...] = get_args(Overlength)
 ENCODE_CHUNK = 1024
+# Templates that can be given by name to a tokenizer that has none.
+KNOWN_TEMPLATES: Mapping[str, str] = {
+    "chatml": "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+}
+TEMPLATE_HELP = (
+    f"for a tokenizer without a chat template, or instead of its own: a Jinja file, {', '.join(KNOWN_TEMPLATES)}, or the name of "
+    "one of its own; empty: its own"
+)
+OTHER_TEMPLATE = "give another template (--chat_template)"
+
+
+class RefusedTexts(ContrastRMError):
+    """Conversations that cannot become what the model takes.
+
+    Args:
+        reasons: By their place among those that were to be encoded; each says the cure.
+    """
+
+    def __init__(self, reasons: Mapping[int, str]) -> None:
+        self.reasons = dict(reasons)
+        super().__init__(next(iter(self.reasons.values())))
 
 
 @dataclass(frozen=True)
@@ -57,6 +82,13 @@ class EncodedText:
         return not self.input_ids
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Why a conversation cannot become what the model takes, and the cure."""
+
+    reason: str
+
+
 class ChatFormatter:
     """Renders and tokenises conversations for one tokenizer.
 
@@ -66,10 +98,16 @@ class ChatFormatter:
         overlength: What happens beyond it. ``drop``: the text is left out. ``left``: the oldest tokens go (a leading BOS
             stays). ``keep_end``: the end of the answer is cut, but the tokens that close a turn stay, so that the score is
             still read at an end of turn (a text whose prompt alone fills the limit is dropped). ``error``: the run stops.
+        n_embeddings: Rows of the model's embedding; None: every id of the tokenizer has one.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = None, overlength: str = "error"
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int | None = None,
+        overlength: str = "error",
+        n_embeddings: int | None = None,
     ) -> None:
         if overlength not in OVERLENGTH_POLICIES:
             raise ContrastRMError(f"unknown over-length policy {overlength!r}; known: {', '.join(OVERLENGTH_POLICIES)}")
@@ -80,7 +118,8 @@ class ChatFormatter:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.overlength = overlength
-        self.has_template = tokenizer.chat_template is not None
+        self.n_embeddings = n_embeddings
+        self.has_template = bool(tokenizer.chat_template)
         self.closing_ids = self._closing_ids() if self.has_template else ()
         if max_length is not None and max_length <= len(self.closing_ids) + 1:
             raise ContrastRMError(f"max_length {max_length} leaves no room for a single token of an answer")
@@ -94,34 +133,92 @@ class ChatFormatter:
         """The conversation as the template writes it.
 
         Raises:
-            ContrastRMError: The template refuses the turns (some know no system role).
+            RefusedTexts: The template refuses the turns (some know no system role), or fails on them.
         """
+        turns = conversation.turns()
         try:
-            return str(self.tokenizer.apply_chat_template(conversation.turns(), tokenize=False))
+            return self._apply(turns)
+        except TemplateFailure as failure:
+            roles = [turn["role"] for turn in turns]
+            raise RefusedTexts(
+                {0: f"the chat template refuses turns {roles}: {failure}; {self._cure(turns)}"}
+            ) from failure
+
+    def _apply(self, turns: Sequence[Message]) -> str:
+        try:
+            return str(self.tokenizer.apply_chat_template(list(turns), tokenize=False))
         except TemplateError as error:
-            roles = [turn["role"] for turn in conversation.turns()]
-            raise ContrastRMError(
-                f"the chat template refuses turns {roles}: {error}; drop the system turn or use another template"
-            ) from error
+            raise TemplateFailure(_in_one_line(error)) from error
+        except Exception as error:  # a template is a program of somebody else's: it fails in any way that one can
+            raise TemplateFailure(f"{type(error).__name__}: {_in_one_line(error)}") from error
+
+    def _cure(self, turns: Sequence[Message]) -> str:
+        """What to do about turns that the template refuses, by what is special about them."""
+        if turns[0]["role"] == "system" and self._accepts(turns[1:]):
+            return f"drop the system turn, put its text into the first user turn, or {OTHER_TEMPLATE}"
+        spoken = [turn["role"] for turn in turns if turn["role"] != "system"]
+        if spoken[0] != "user" or any(first == second for first, second in pairwise(spoken)):
+            return (
+                f"let user and assistant take turns, the user first (join neighbours of one role), or {OTHER_TEMPLATE}"
+            )
+        return f"mend the template, or {OTHER_TEMPLATE}"
+
+    def _accepts(self, turns: Sequence[Message]) -> bool:
+        try:
+            self._apply(turns)
+        except TemplateFailure:
+            return False
+        return True
 
     def encode(self, conversations: Sequence[Conversation]) -> list[EncodedText]:
         """Tokenise; order is kept.
 
         Raises:
-            ContrastRMError: A text is longer than the limit and the policy is ``error``, or the template refuses it.
+            RefusedTexts: The template refuses some of them, or they hold ids that have no embedding.
+            ContrastRMError: A text is longer than the limit and the policy is ``error``.
         """
         encoded: list[EncodedText] = []
+        refused: dict[int, str] = {}
         for start in range(0, len(conversations), ENCODE_CHUNK):
             chunk = conversations[start : start + ENCODE_CHUNK]
-            encoded += self._encode_chats(chunk) if self.has_template else self._encode_pairs(chunk)
+            found = self._encode_chats(chunk) if self.has_template else self._encode_pairs(chunk)
+            for place, text in enumerate(found, start=start):
+                if isinstance(text, Refusal):
+                    refused[place] = text.reason
+                else:
+                    encoded.append(text)
+        if refused:
+            raise RefusedTexts(refused)
         return encoded
 
-    def _encode_chats(self, conversations: Sequence[Conversation]) -> list[EncodedText]:
-        rendered = [self.render(conversation) for conversation in conversations]
+    def _encode_chats(self, conversations: Sequence[Conversation]) -> list[EncodedText | Refusal]:
+        rendered = [self._render_or_refuse(conversation) for conversation in conversations]
+        texts = [text for text in rendered if isinstance(text, str)]
+        if not texts:
+            return [text for text in rendered if isinstance(text, Refusal)]
         # The template has written BOS already: special tokens must not be added a second time.
-        batch = self.tokenizer(rendered, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        pairs = zip(batch["input_ids"], conversations, strict=True)
-        return [self._fit_chat(ids, conversation) for ids, conversation in pairs]
+        batch = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        rows = iter(batch["input_ids"])
+        return [
+            text if isinstance(text, Refusal) else self._checked(ids := next(rows)) or self._fit_chat(ids, conversation)
+            for text, conversation in zip(rendered, conversations, strict=True)
+        ]
+
+    def _render_or_refuse(self, conversation: Conversation) -> str | Refusal:
+        try:
+            return self.render(conversation)
+        except RefusedTexts as refused:
+            return Refusal(str(refused))
+
+    def _checked(self, ids: Sequence[int]) -> Refusal | None:
+        """Why the model cannot take these ids; None where it can."""
+        if self.n_embeddings is None or not ids or (highest := max(ids)) < self.n_embeddings:
+            return None
+        token = self.tokenizer.convert_ids_to_tokens(highest)
+        return Refusal(
+            f"the text holds the token {token!r}, whose id {highest} is beyond the model's {self.n_embeddings} embeddings; "
+            "take it out of the text"
+        )
 
     def _fit_chat(self, ids: list[int], conversation: Conversation) -> EncodedText:
         limit = self.max_length
@@ -148,13 +245,13 @@ class ChatFormatter:
         pairs = enumerate(zip(ids, other_ids, strict=False))
         return next((position for position, (left, right) in pairs if left != right), len(ids))
 
-    def _encode_pairs(self, conversations: Sequence[Conversation]) -> list[EncodedText]:
+    def _encode_pairs(self, conversations: Sequence[Conversation]) -> list[EncodedText | Refusal]:
         prompts = [messages_to_text(list(conversation.messages)) for conversation in conversations]
         answers = [conversation.answer for conversation in conversations]
         batch = self.tokenizer(prompts, answers, return_attention_mask=False, verbose=False)
         types: Any = batch.get("token_type_ids")
         return [
-            self._fit_pair(ids, types[row] if types else None, batch.sequence_ids(row))
+            self._checked(ids) or self._fit_pair(ids, types[row] if types else None, batch.sequence_ids(row))
             for row, ids in enumerate(batch["input_ids"])
         ]
 
@@ -202,6 +299,54 @@ class ChatFormatter:
                 break
             common.insert(0, left)
         return tuple(common)
+
+
+class TemplateFailure(Exception):
+    """What a chat template raised; never leaves this module."""
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def take_template(tokenizer: PreTrainedTokenizerBase, wanted: str = "") -> None:
+    """Leave a tokenizer with the one template that conversations are rendered with, so that it is saved with the model.
+
+    Args:
+        wanted: One of the tokenizer's own templates by name, a name of ``KNOWN_TEMPLATES``, or a Jinja file; empty: its own.
+
+    Raises:
+        ContrastRMError: No such template, or several of its own without a ``default``.
+    """
+    own: Any = tokenizer.chat_template
+    named: Mapping[str, str] = own if isinstance(own, dict) else {}
+    if wanted in named:
+        tokenizer.chat_template = named[wanted]
+    elif wanted in KNOWN_TEMPLATES:
+        bos = tokenizer.bos_token_id
+        begins_with_bos = bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]
+        tokenizer.chat_template = ("{{ bos_token }}" if begins_with_bos else "") + KNOWN_TEMPLATES[wanted]
+    elif wanted:
+        tokenizer.chat_template = _read_template(wanted, [*named, *KNOWN_TEMPLATES])
+    elif named:
+        if "default" not in named:
+            raise ContrastRMError(
+                f"the tokenizer has several chat templates and no default: choose one with --chat_template ({', '.join(sorted(named))})"
+            )
+        tokenizer.chat_template = named["default"]
+
+
+def _read_template(file: str, names: Sequence[str]) -> str:
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise ContrastRMError(f"--chat_template {file}: no such file; known names: {', '.join(names)}")
+    try:
+        template = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ContrastRMError(f"cannot read --chat_template {file}: {error}; give a Jinja file in UTF-8") from error
+    if not template.strip():
+        raise ContrastRMError(f"--chat_template {file} is empty; give a Jinja file, or one of {', '.join(names)}")
+    return template
 
 
 def last_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:

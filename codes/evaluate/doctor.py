@@ -28,13 +28,28 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from codes.common.base_model import resolve_model_path
 from codes.common.biases import PAIRWISE, eval_file_name
-from codes.common.chat import OVERLENGTH_POLICIES, ChatFormatter, Conversation, EncodedText, last_token_ids
+from codes.common.chat import (
+    OVERLENGTH_POLICIES,
+    TEMPLATE_HELP,
+    ChatFormatter,
+    Conversation,
+    EncodedText,
+    last_token_ids,
+)
 from codes.common.cli import natural, run
 from codes.common.errors import ContrastRMError
 from codes.common.records import read_bias_file
 from codes.common.scoring import ROUNDING_OF_FLOAT32, ROUNDING_OF_HALF, Scorer, collate_texts
 from codes.evaluate.scorer_setup import choose_device, snapshot_folder
-from codes.train.reward_model import DTYPES, RewardModel, load_reward_model, own_length_limit, save_reward_model
+from codes.train.reward_model import (
+    DTYPES,
+    PINNED_DATE,
+    RewardModel,
+    embedding_rows,
+    load_reward_model,
+    own_length_limit,
+    save_reward_model,
+)
 
 PASS, WARN, FAIL = "pass", "warn", "fail"
 # So many pairs may change sides between float32 and bfloat16 before the model is called unfit for bfloat16.
@@ -147,6 +162,7 @@ def admit(
     overlength: str = "left",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    chat_template: str = "",
 ) -> Patient:
     """Load a model for its examination.
 
@@ -159,8 +175,9 @@ def admit(
         device=choose_device(device),
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
+        chat_template=chat_template,
     )
-    limit = max_length or own_length_limit(model, tokenizer)
+    limit = max_length or own_length_limit(model.classifier, tokenizer)
     folder = snapshot_folder(resolve_model_path(model_path))
     return Patient(
         model,
@@ -190,6 +207,7 @@ def examine(model_path: str, *, data_dir: str | None = None, **options: Any) -> 
         check_head_precision,
         check_pad,
         check_eos,
+        check_template,
         check_bos,
         check_date,
         check_generation_prompt,
@@ -288,13 +306,21 @@ def check_head(patient: Patient) -> Finding:
 
 
 def check_vocabulary(patient: Patient) -> Finding:
-    """Every id of the tokenizer has an embedding."""
-    n_rows = int(patient.model.backbone.get_input_embeddings().weight.shape[0])
-    highest = max(patient.formatter.tokenizer.get_vocab().values())
-    if highest >= n_rows:
-        found = f"the tokenizer makes ids up to {highest}, the model has {n_rows} embeddings"
-        return Finding("vocabulary", FAIL, found, "save the tokenizer that belongs to this model beside it")
-    return Finding("vocabulary", PASS, f"ids up to {highest} of {n_rows} embeddings")
+    """Every id of the tokenizer has an embedding, in the files as they stand."""
+    n_rows = int(getattr(patient.config.get_text_config(), "vocab_size", 0)) or embedding_rows(
+        patient.model.classifier, patient.formatter.tokenizer
+    )
+    vocabulary = patient.tokenizer.get_vocab()
+    beyond = {token: place for token, place in vocabulary.items() if place >= n_rows}
+    if patient.tokenizer.pad_token in beyond:
+        found = f"the pad token {patient.tokenizer.pad_token!r} has the id {beyond[patient.tokenizer.pad_token]}, the model has"
+        return Finding(
+            "vocabulary", FAIL, f"{found} {n_rows} embeddings: plain transformers cannot load it", SAVE_AGAIN
+        )
+    if beyond:
+        found = f"{', '.join(map(repr, sorted(beyond)[:3]))} beyond the model's {n_rows} embeddings"
+        return Finding("vocabulary", WARN, found, "keep them out of the texts: one that holds them is refused")
+    return Finding("vocabulary", PASS, f"ids up to {max(vocabulary.values())} of {n_rows} embeddings")
 
 
 def _file_tensor(folder: Path, name: str) -> torch.Tensor | None:
@@ -331,7 +357,7 @@ def check_pad(patient: Patient) -> Finding:
     name = f"{own_id} ({patient.tokenizer.pad_token})"
     if not patient.model.pools_last_token:
         return Finding("pad token", PASS, f"{name}; the model pools by itself")
-    if own_id in last_token_ids(patient.tokenizer):
+    if own_id in last_token_ids(patient.formatter.tokenizer):
         found = f"{name} also ends a conversation: plain transformers takes the last token for padding"
         return Finding("pad token", FAIL, found, SAVE_AGAIN)
     if config_id != own_id:
@@ -367,6 +393,27 @@ def check_eos(patient: Patient) -> Finding:
 
 
 # --- the template
+
+
+def _template_of_the_files(patient: Patient) -> str | None:
+    """The template that plain transformers renders with."""
+    own: Any = patient.tokenizer.chat_template
+    return own.get("default") if isinstance(own, dict) else own
+
+
+def check_template(patient: Patient) -> Finding:
+    """The conversation is rendered with a template, and other tools find the same one."""
+    check = "chat template"
+    if not patient.formatter.has_template:
+        return Finding(check, PASS, "none: question and answer are a pair of texts")
+    own, ours = _template_of_the_files(patient), str(patient.formatter.tokenizer.chat_template)
+    if own is None:
+        found = "the files have none that plain transformers would take: it scores nothing, or something else"
+        return Finding(check, FAIL, found, f"{SAVE_AGAIN}, with the same chat_template")
+    if ours.removeprefix(PINNED_DATE) != own.removeprefix(PINNED_DATE):
+        found = "another one than in the files, as was asked: other tools score something else"
+        return Finding(check, WARN, found, f"{SAVE_AGAIN}, with the same chat_template")
+    return Finding(check, PASS, "that of the files")
 
 
 def check_bos(patient: Patient) -> Finding:
@@ -413,7 +460,7 @@ def check_date(patient: Patient) -> Finding:
     if _renders_a_date(patient.formatter.tokenizer):
         cure = "take strftime_now out of the chat template"
         return Finding("date in the template", FAIL, "the template writes today's date: scores change daily", cure)
-    if _renders_a_date(patient.tokenizer):
+    if _template_of_the_files(patient) is not None and _renders_a_date(patient.tokenizer):
         found = "plain transformers writes today's date; this project pins it when it loads the model"
         return Finding("date in the template", WARN, found, SAVE_AGAIN)
     return Finding("date in the template", PASS, "none")
@@ -626,6 +673,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("model_path", help="folder or hub id of a trained reward model")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of all checks but those about dtypes")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--chat_template", default="", help=TEMPLATE_HELP)
     parser.add_argument("--max_length", type=natural, default=0, help="the limit to check; 0: the model's own")
     parser.add_argument("--overlength", default="left", choices=OVERLENGTH_POLICIES, help="what happens beyond it")
     parser.add_argument("--attn_implementation", default=None, help="as transformers names it, e.g. sdpa or eager")

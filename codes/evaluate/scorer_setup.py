@@ -28,7 +28,7 @@ import transformers
 from huggingface_hub import snapshot_download
 
 from codes.common.base_model import model_hash, resolve_model_path
-from codes.common.chat import OVERLENGTH_POLICIES, ChatFormatter, Conversation
+from codes.common.chat import OVERLENGTH_POLICIES, TEMPLATE_HELP, ChatFormatter, Conversation
 from codes.common.cli import is_first_process, natural
 from codes.common.errors import ContrastRMError
 from codes.common.fused import FUSED_KERNELS, resolve_fused_kernels
@@ -39,7 +39,7 @@ from codes.common.score_store import STORE_FILE, ScoreStore
 from codes.common.scoring import PACKINGS, Invariance, Scorer, ScoreResult, count_tied
 from codes.evaluate.api import RemoteScorer, TextScorer
 from codes.evaluate.baselines import BASELINES, BaselineScorer, baseline_of
-from codes.train.reward_model import DTYPES, RewardModel, load_reward_model, own_length_limit
+from codes.train.reward_model import DTYPES, RewardModel, embedding_rows, load_reward_model, own_length_limit
 
 MODEL_FILE = "model.json"
 STORE_CHOICES = ("auto", "none")
@@ -78,6 +78,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder or hub id of a trained reward model, or a baseline: baseline:shorter",
     )
     parser.add_argument("--results_dir", default="results", help="parent of the model's results folder")
+    parser.add_argument("--chat_template", default="", help=TEMPLATE_HELP)
     parser.add_argument("--max_length", type=natural, default=0, help="most tokens of a text; 0: the model's own limit")
     parser.add_argument("--overlength", default="left", choices=OVERLENGTH_POLICIES, help="what happens beyond it")
     parser.add_argument(
@@ -115,6 +116,7 @@ def scorer_options(args: argparse.Namespace) -> dict[str, Any]:
 def load_scorer(
     *,
     model_path: str,
+    chat_template: str = "",
     max_length: int = 0,
     overlength: str = "left",
     max_tokens_per_batch: int = 0,
@@ -141,10 +143,14 @@ def load_scorer(
         ContrastRMError: No such model, no trained head, no such device, a limit beyond the model's own, or a score store that
             cannot be used.
     """
+    baseline = baseline_of(model_path) if reward_url is None else None
+    if chat_template and (reward_url is not None or baseline is not None):
+        raise ContrastRMError(
+            f"--chat_template {chat_template} can have no effect: no text of {model_path} is rendered here; leave it out"
+        )
     if reward_url is not None:
         _leave_to_the_first_process()
         return _remote_scorer(reward_url, model_path, score_store)
-    baseline = baseline_of(model_path)
     if baseline is not None:
         _leave_to_the_first_process()
         return _baseline_scorer(BaselineScorer(baseline, seed))
@@ -159,10 +165,13 @@ def load_scorer(
         device=place,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
+        chat_template=chat_template,
     )
     fused_kernels = resolve_fused_kernels(model, fused_kernels, place, gradients=False)
     limit = _length_limit(model, tokenizer, max_length)
-    formatter = ChatFormatter(tokenizer, max_length=limit, overlength=overlength)
+    formatter = ChatFormatter(
+        tokenizer, max_length=limit, overlength=overlength, n_embeddings=embedding_rows(model.classifier, tokenizer)
+    )
     scorer = Scorer(
         model, formatter, max_tokens_per_batch=max_tokens_per_batch, packing=packing, checked_texts=CHECKED_TEXTS
     )
@@ -176,6 +185,7 @@ def load_scorer(
         "model_path": model_path,
         "weight_hash": weight_hash,
         "architecture": type(model.classifier).__name__,
+        "chat_template": chat_template or None,
         "template_hash": formatter.template_hash,
         "max_length": limit,
         "overlength": overlength,
@@ -330,7 +340,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _length_limit(model: RewardModel, tokenizer: Any, max_length: int) -> int | None:
-    own = own_length_limit(model, tokenizer)
+    own = own_length_limit(model.classifier, tokenizer)
     if max_length and own and max_length > own:
         raise ContrastRMError(f"--max_length {max_length} is beyond the model's own limit of {own} tokens")
     return max_length or own

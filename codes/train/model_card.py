@@ -74,7 +74,7 @@ def model_card(arguments: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     Args:
         arguments: Of the run, as in ``train_args.json``.
         summary: Of the run (``training_summary``); ``groups_per_source``, ``rejected_per_bias``, ``reward_mean``,
-            ``reward_std`` (of ``reward_n`` texts), ``max_length`` and ``metrics`` are shown where they are there.
+            ``reward_std`` (of ``reward_n`` texts), ``max_length``, ``text_pairs`` (the model has no chat template) and ``metrics`` are shown where they are there.
     """
     base, licence = base_of(str(arguments["model_path"]))
     lora = int(arguments.get("lora_rank") or 0)
@@ -129,7 +129,7 @@ def _opening(
         f"One label, a raw score: higher is better; only differences between answers to one question mean something. {scale}\n\n"
         f"Base model: {base} (licence: {licence or 'see its own card'}). Trained {summary['steps']} steps on "
         f"{summary['groups']} groups of one chosen and one or more rejected answers ({arguments['mode']} loss; {how}).{weights} "
-        f"{whole} is complete: tokenizer, chat template and pad id are those of the training."
+        f"{whole} is complete: tokenizer, {'' if summary.get('text_pairs') else 'chat template '}and pad id are those of the training."
     )
 
 
@@ -149,14 +149,19 @@ model.config.pad_token_id = tokenizer.pad_token_id
 ```
 
 Texts longer than {length} tokens were not trained on."""
+    text = (
+        'batch = tokenizer("question", "answer", return_tensors="pt")'
+        if summary.get("text_pairs")
+        else """turns = [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]
+batch = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)"""
+    )
     return f"""## How to load it
 
 ```python
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 model = AutoModelForSequenceClassification.from_pretrained("FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-turns = [{{"role": "user", "content": "..."}}, {{"role": "assistant", "content": "..."}}]
-batch = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)
+{text}
 score = model(**batch).logits[0, 0].item()
 ```
 

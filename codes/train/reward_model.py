@@ -34,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from codes.common.base_model import resolve_model_path
 from codes.common.borrow import borrowed
-from codes.common.chat import last_token_ids
+from codes.common.chat import KNOWN_TEMPLATES, ChatFormatter, Conversation, last_token_ids, take_template
 from codes.common.errors import ContrastRMError
 from codes.common.fused import (
     few_layers_on,
@@ -106,7 +106,7 @@ class RewardModel(nn.Module):
             raise ContrastRMError(
                 f"a reward model has one label, this model has {classifier.config.num_labels}; was it saved with num_labels=1?"
             )
-        self.pools_last_token = isinstance(getattr(classifier, "score", None), nn.Linear)
+        self.pools_last_token = pools_last_token(classifier)
         _use_float32_head(classifier)
         for module in classifier.modules():
             if isinstance(module, nn.Dropout):
@@ -403,6 +403,7 @@ def load_reward_model(
     trust_remote_code: bool = False,
     require_head: bool = True,
     seed: int = 42,
+    chat_template: str = "",
 ) -> tuple[RewardModel, PreTrainedTokenizerBase]:
     """Load a reward model, or make one from a base model.
 
@@ -413,9 +414,11 @@ def load_reward_model(
         device: Where to put it; None leaves it on the CPU.
         require_head: Refuse a model whose score head is not in the weights. False gives such a model a new head with the
             small variance 1 / (hidden + 1) (first scores near 0, first loss near ln n), drawn from ``seed``.
+        chat_template: As in ``take_template``.
 
     Raises:
-        ContrastRMError: Missing folder, unreachable hub id, more than one label, or no trained head.
+        ContrastRMError: Missing folder, unreachable hub id, more than one label, no trained head, no chat template for a
+            decoder, or a tokenizer of another model.
     """
     if dtype not in DTYPES:
         raise ContrastRMError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
@@ -440,10 +443,10 @@ def load_reward_model(
     model = RewardModel(classifier)
     if missing:
         _init_head(classifier, missing, seed)
-    _fix_date(tokenizer)
     if adapter is not None:
         merge_adapter(classifier, adapter)
-    _ensure_pad_token(classifier, tokenizer)
+    _settle_tokenizer(classifier, tokenizer, chat_template, model_path)
+    _ensure_pad_embedding(classifier, tokenizer)
     if device is not None:
         model.to(device)
     return model.eval(), tokenizer
@@ -538,31 +541,96 @@ def _turn_off_dropout(config: PretrainedConfig) -> None:
             setattr(config, name, 0.0)
 
 
-def load_tokenizer(
-    model_path: str, *, trust_remote_code: bool = False
-) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
-    """Configuration and tokenizer, without weights; it makes the ids that the tokenizer of ``load_reward_model`` makes.
+def load_without_weights(
+    model_path: str, *, chat_template: str = "", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The classifier as a shape (on the meta device) and its tokenizer.
+
+    The tokenizer makes the ids that the one of ``load_reward_model`` makes.
 
     Raises:
-        ContrastRMError: Missing folder or unreachable hub id.
+        ContrastRMError: Missing folder, unreachable hub id, no chat template for a decoder, or a tokenizer of another model.
     """
     adapter = Path(model_path).expanduser() if is_adapter(model_path) else None
     path = resolve_model_path(model_path if adapter is None else base_of_adapter(adapter))
     config, tokenizer = _load_config_and_tokenizer(path, model_path, trust_remote_code, adapter)
-    _fix_date(tokenizer)
-    return config, tokenizer
+    config.num_labels = 1
+    try:
+        with torch.device("meta"):
+            classifier = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
+    except ImportError as error:
+        raise _needs_package(model_path, error) from error
+    except ValueError as error:
+        raise ContrastRMError(f"cannot load {model_path!r} as a reward model: {error}") from error
+    _settle_tokenizer(classifier, tokenizer, chat_template, model_path)
+    return classifier, tokenizer
 
 
-def own_length_limit(model: RewardModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Most tokens that the model and its tokenizer were made for; None where neither says."""
-    return length_limit(model.config, tokenizer)
+def pools_last_token(classifier: PreTrainedModel) -> bool:
+    """Whether it is a decoder with a ``score`` head over the last hidden state."""
+    return isinstance(getattr(classifier, "score", None), nn.Linear)
 
 
-def length_limit(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Most tokens that a configuration and its tokenizer allow; None where neither says."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+def embedding_rows(classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Ids that a text may hold: those of the embedding, and the pad token's, which gets a row if it has none."""
+    return max(int(classifier.get_input_embeddings().weight.shape[0]), tokenizer.pad_token_id + 1)
+
+
+def own_length_limit(classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Most tokens that a model and its tokenizer were made for; None where neither says."""
+    positions = getattr(classifier.config.get_text_config(), "max_position_embeddings", None)
     limits = [limit for limit in (positions, tokenizer.model_max_length) if limit and 0 < limit < NO_TOKENIZER_LIMIT]
+    for name, module in classifier.named_modules():
+        # RoBERTa and its kin count positions from behind the padding's own: the rows up to it are no text's.
+        padding = getattr(module, "padding_idx", None) if name.endswith("position_embeddings") else None
+        if padding is not None:
+            limits.append(int(module.weight.shape[0]) - padding - 1)
     return min(limits) if limits else None
+
+
+def _settle_tokenizer(
+    classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat_template: str, shown: str
+) -> None:
+    """Template, date and pad token as this project uses and saves them.
+
+    Raises:
+        ContrastRMError: A decoder without chat template, or ids that have no embedding.
+    """
+    take_template(tokenizer, chat_template)
+    if pools_last_token(classifier) and not tokenizer.chat_template:
+        raise ContrastRMError(
+            f"the tokenizer of {shown!r} has no chat template, and without one a question runs into its answer: name one with "
+            f"--chat_template (CHAT_TEMPLATE): a Jinja file, or {', '.join(KNOWN_TEMPLATES)}"
+        )
+    _fix_date(tokenizer)
+    n_rows = int(classifier.get_input_embeddings().weight.shape[0])
+    _choose_pad_token(tokenizer, n_rows)
+    _check_vocabulary(tokenizer, n_rows, shown)
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, n_rows: int, shown: str) -> None:
+    """Refuse a tokenizer of another model.
+
+    The pad token gets an embedding if it has none. Some published models (Gemma 3 of 1B) have special tokens for images beyond
+    their embeddings, which no text holds: a text that does is refused when it is met.
+    """
+    beyond = {token: place for token, place in tokenizer.get_vocab().items() if place >= n_rows}
+    if not beyond:
+        return
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    probe = Conversation([{"role": "user", "content": "Q"}], "A")
+    used = {tokenizer.bos_token_id, tokenizer.eos_token_id, *ChatFormatter(tokenizer).encode([probe])[0].input_ids}
+    foreign = [
+        token
+        for token, place in beyond.items()
+        if place != tokenizer.pad_token_id and (token not in special or place in used)
+    ]
+    if foreign:
+        raise ContrastRMError(
+            f"the tokenizer of {shown!r} makes ids that its model has no embedding for ({foreign[0]!r} is "
+            f"{beyond[foreign[0]]}, the embedding has {n_rows} rows): save the tokenizer that belongs to the model beside it, or "
+            "resize the model (resize_token_embeddings) and save both"
+        )
 
 
 def _fix_date(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -593,33 +661,38 @@ def _init_head(classifier: PreTrainedModel, missing: list[str], seed: int) -> No
                 parameter.copy_(drawn)
 
 
-def _ensure_pad_token(classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give tokenizer and model the same pad id, one that never ends a conversation.
+def _choose_pad_token(tokenizer: PreTrainedTokenizerBase, n_rows: int) -> None:
+    """A pad token that never ends a conversation, among those with an embedding if there is one.
 
     Plain transformers reads the score at the rightmost token that is not ``config.pad_token_id``: a pad id that closes the
     template would make it read the wrong token, and an absent one makes it refuse batches.
     """
     closing = last_token_ids(tokenizer)
-    pad_id = tokenizer.pad_token_id
     # With no fixed closing token any ordinary token can stand last, but a special pad token cannot.
-    if pad_id is None or pad_id in closing:
-        candidates = [
-            token_id
-            for token_id in (tokenizer.unk_token_id, *sorted(tokenizer.added_tokens_decoder))
-            if token_id is not None
-            and token_id not in closing
-            and token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
-            and "pad" in str(tokenizer.convert_ids_to_tokens(token_id)).lower()
-        ]
-        if candidates:
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(candidates[0])
-        else:
-            tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
-            if len(tokenizer) > classifier.get_input_embeddings().num_embeddings:
-                classifier.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in closing:
+        return
+    candidates = [
+        token_id
+        for token_id in (tokenizer.unk_token_id, *sorted(tokenizer.added_tokens_decoder))
+        if token_id is not None
+        and token_id not in closing
+        and token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
+        and "pad" in str(tokenizer.convert_ids_to_tokens(token_id)).lower()
+    ]
+    if candidates:
+        chosen = next((token_id for token_id in candidates if token_id < n_rows), candidates[0])
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chosen)
+    else:
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+
+
+def _ensure_pad_embedding(classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the model the tokenizer's pad id, and an embedding for it: without one the saved folder would load nowhere."""
+    n_rows = embedding_rows(classifier, tokenizer)
+    if n_rows > classifier.get_input_embeddings().weight.shape[0]:
+        classifier.resize_token_embeddings(n_rows, mean_resizing=False)
     classifier.config.pad_token_id = tokenizer.pad_token_id
-    text_config = classifier.config.get_text_config()
-    text_config.pad_token_id = tokenizer.pad_token_id
+    classifier.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
 def save_reward_model(

@@ -22,7 +22,7 @@ import numpy as np
 from accelerate.utils import set_seed
 
 from codes.common.base_model import resolve_model_path
-from codes.common.chat import OVERLENGTH_POLICIES, ChatFormatter
+from codes.common.chat import OVERLENGTH_POLICIES, TEMPLATE_HELP, ChatFormatter
 from codes.common.cli import (
     EXIT_STOPPED,
     is_first_process,
@@ -78,7 +78,7 @@ from codes.train.memory import choose_token_budget, device_bytes, training_state
 from codes.train.model_card import model_card, training_summary
 from codes.train.objective import MODES, Objective, add_objective_arguments, take_objective
 from codes.train.plots import draw_training_curves
-from codes.train.reward_model import copy_reward_model, load_reward_model, save_reward_model
+from codes.train.reward_model import copy_reward_model, embedding_rows, load_reward_model, save_reward_model
 from codes.train.reward_stats import reward_statistics
 from codes.train.signals import RunStopped, StopSignals, failures_told, tell_launcher
 from codes.train.sources import parse_sources
@@ -93,7 +93,7 @@ ESTIMATED = (
     "model_path", "train_file", "output_dir", "negatives", "epochs", "max_steps", "max_length", "overlength",
     "global_batch_size", "micro_batch_size", "max_tokens_per_batch", "seed", "limit", "max_bad_rows", "max_rejected",
     "cache_dir", "contamination_files", "fail_on_contamination", "trust_remote_code", "held_out_share", "eval_file",
-    "bias_eval_dir",
+    "bias_eval_dir", "chat_template",
 )  # fmt: skip
 # What a run writes that could pass for another run's.
 OF_A_RUN = (
@@ -136,6 +136,7 @@ def train(
     fail_on_contamination: bool,
     attn_implementation: str | None,
     trust_remote_code: bool,
+    chat_template: str = "",
     lora_rank: int = 0,
     lora_alpha: int = 32,
     lora_dropout: float = 0.0,
@@ -191,6 +192,7 @@ def train(
     data = open_training_data(
         train_file=train_file,
         model_path=model_path,
+        chat_template=chat_template,
         trust_remote_code=trust_remote_code,
         max_length=max_length,
         overlength=overlength,
@@ -237,6 +239,7 @@ def train(
         trust_remote_code=trust_remote_code,
         require_head=False,
         seed=seed,
+        chat_template=chat_template,
     )
     lora = lora_settings(
         rank=lora_rank,
@@ -249,7 +252,12 @@ def train(
     )
     if lora is not None:
         model.add_lora(lora)
-    formatter = ChatFormatter(tokenizer, max_length=data.max_length, overlength=overlength)
+    formatter = ChatFormatter(
+        tokenizer,
+        max_length=data.max_length,
+        overlength=overlength,
+        n_embeddings=embedding_rows(model.classifier, tokenizer),
+    )
     held_out = None if held_out_records is None else encode_held_out(held_out_records, formatter)
     ranking = resolve_ranking(
         held_out, metric_for_best, patience=early_stopping_patience, load_best_at_end=load_best_at_end
@@ -482,6 +490,7 @@ def train(
     if accelerator.is_main_process:
         summary = training_summary(trainer, data.report, data.sha256, time.perf_counter() - started)
         summary |= {"verdicts": data.verdicts, "n_bad_rows": len(data.bad), "max_length": data.max_length}
+        summary |= {"text_pairs": not formatter.has_template}
         summary |= {"sources": data.source_rows(), "epoch": draws.epoch_counts()}
         summary |= {"groups_per_source": data.origins, "rejected_per_bias": data.biases}
         reward_mean = reward_std = None
@@ -594,6 +603,7 @@ def build_parser() -> argparse.ArgumentParser:
 def add_product_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of what is saved, and of how the model is run."""
     group = parser.add_argument_group("model")
+    group.add_argument("--chat_template", default="", help=TEMPLATE_HELP)
     group.add_argument("--torch_compile", type=int, choices=(0, 1), default=0, help="on a GPU, with --packing off")
     group.add_argument(
         "--fused_kernels",

@@ -19,7 +19,7 @@ from codes.train.data_cache import Aside, TokenCache, load_training_groups, toke
 from codes.train.data_utils import EncodeReport
 from codes.train.draws import Draws
 from codes.train.objective import Objective
-from codes.train.reward_model import length_limit, load_tokenizer
+from codes.train.reward_model import embedding_rows, load_without_weights, own_length_limit
 from codes.train.sources import Source, SourceIdentity, combined_sha256, parse_sources
 
 
@@ -98,6 +98,7 @@ def open_training_data(
     *,
     train_file: str,
     model_path: str,
+    chat_template: str,
     trust_remote_code: bool,
     max_length: int,
     overlength: str,
@@ -125,10 +126,14 @@ def open_training_data(
     if not cache_dir.strip():
         raise ContrastRMError("--cache_dir is empty: name a folder for the tokenised data")
     sources = parse_sources(train_file)
-    config, tokenizer = load_tokenizer(model_path, trust_remote_code=trust_remote_code)
-    own_limit = length_limit(config, tokenizer)
+    shape, tokenizer = load_without_weights(
+        model_path, chat_template=chat_template, trust_remote_code=trust_remote_code
+    )
+    own_limit = own_length_limit(shape, tokenizer)
     limit_in_force = min((length for length in (max_length, own_limit) if length), default=None)
-    formatter = ChatFormatter(tokenizer, max_length=limit_in_force, overlength=overlength)
+    formatter = ChatFormatter(
+        tokenizer, max_length=limit_in_force, overlength=overlength, n_embeddings=embedding_rows(shape, tokenizer)
+    )
     cache = load_training_groups(
         sources,
         formatter,
