@@ -15,6 +15,7 @@ from chat_server import ChatServer, Reply, answer, error, error_in_200, half_bod
 
 from codes.common.errors import ContrastRMError
 from codes.common.llm import (
+    READ_AHEAD,
     ApiError,
     Completion,
     CompletionRequest,
@@ -326,6 +327,95 @@ def test_temperature_none_is_not_sent(temperature: float | None, tmp_path: Path)
         ask(server, tmp_path, [make_request(temperature=temperature)])
     expected = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 50}
     assert server.requests == [expected if temperature is None else expected | {"temperature": temperature}]
+
+
+NO_MAX_TOKENS = (
+    "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+)
+NO_COMPLETION_TOKENS = "max_completion_tokens: Extra inputs are not permitted"
+NO_TEMPERATURE = (
+    "Unsupported value: 'temperature' does not support 0.0 with this model. Only the default (1) is supported."
+)
+
+
+@pytest.mark.parametrize("refused", [{"max_tokens"}, {"temperature"}, {"max_tokens", "temperature"}])
+def test_a_parameter_that_the_server_refuses_is_left_out_for_the_rest_of_the_run(
+    refused: set[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def respond(body: dict, attempt: int) -> Reply:
+        for name, text in (("max_tokens", NO_MAX_TOKENS), ("temperature", NO_TEMPERATURE)):
+            if name in refused and name in body:
+                return error(400, text)
+        return answer("fine")
+
+    with ChatServer(respond) as server:
+        outcomes = ask(server, tmp_path, [make_request(str(n)) for n in range(60)], concurrency=2, max_attempts=1)
+    assert all(isinstance(outcome, Completion) for outcome in outcomes)
+    # What was read ahead learns of it by itself, the rest by the first answer.
+    assert len(server.requests) <= 60 + 2 * READ_AHEAD * len(refused)
+    for body in server.requests[-1:]:
+        assert ("temperature" in body) == ("temperature" not in refused)
+        assert body.get("max_completion_tokens" if "max_tokens" in refused else "max_tokens") == 50
+    said = capfd.readouterr().err
+    assert said.count("note: 127.0.0.1 refuses") == 1 and all(name in said for name in refused)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "'max_tokens' or 'max_completion_tokens' is too large: 50. The model's maximum context length is 40 tokens",
+        "max_tokens is too large: 50. This model supports at most 40 completion tokens",
+        "no such thing",
+    ],
+)
+def test_a_refusal_of_one_long_request_changes_nothing_for_the_others(text: str, tmp_path: Path) -> None:
+    def respond(body: dict, attempt: int) -> Reply:
+        return error(400, text) if body["messages"][0]["content"] == "long" else answer("fine")
+
+    with ChatServer(respond) as server:
+        outcomes = ask(server, tmp_path, [make_request("long"), make_request("a"), make_request("b")], concurrency=1)
+    assert [type(outcome) for outcome in outcomes] == [RowError, Completion, Completion]
+    assert len(server.requests) == 3 and all(body["max_tokens"] == 50 for body in server.requests)
+
+
+def test_an_answer_always_has_a_limit(tmp_path: Path) -> None:
+    """A server that refuses both names of it gets neither request through, and the next one has a limit again."""
+
+    def respond(body: dict, attempt: int) -> Reply:
+        if body["messages"][0]["content"] == "a":
+            return answer("fine")
+        return error(422, NO_MAX_TOKENS if "max_tokens" in body else NO_COMPLETION_TOKENS)
+
+    with ChatServer(respond) as server:
+        outcomes = ask(server, tmp_path, [make_request("b"), make_request("a")], concurrency=1)
+    assert [type(outcome) for outcome in outcomes] == [RowError, Completion]
+    assert len(server.requests) == 3
+    assert all({"max_tokens", "max_completion_tokens"} & body.keys() for body in server.requests)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply(b"<html>Welcome</html>", 200, {"content-type": "text/html"}),
+        Reply(b'{"error": "Unexpected endpoint or method. (POST /chat/completions)"}'),
+        Reply(b'{"status": "ok"}'),
+    ],
+    ids=["a web page", "an error under 200", "another JSON"],
+)
+def test_an_address_that_is_no_chat_api_is_told_after_a_few_calls(reply: Reply, tmp_path: Path) -> None:
+    with ChatServer(lambda body, attempt: reply) as server:
+        with pytest.raises(FatalApiError, match=r"answer of a chat API.*--api_base_url.*/v1"):
+            ask(server, tmp_path, [make_request(str(n)) for n in range(240)], max_attempts=6)
+    assert len(server.requests) <= 5 + 4
+
+
+def test_odd_bodies_after_an_answer_are_no_wrong_address(tmp_path: Path) -> None:
+    def respond(body: dict, attempt: int) -> Reply:
+        return answer("fine") if body["messages"][0]["content"] == "0" else invalid_json()
+
+    with ChatServer(respond) as server:
+        outcomes = ask(server, tmp_path, [make_request(str(n)) for n in range(9)], concurrency=1, max_attempts=1)
+    assert [type(outcome) for outcome in outcomes] == [Completion] + [RetriableError] * 8
 
 
 def test_a_lone_surrogate_in_an_answer_is_made_writable() -> None:

@@ -16,6 +16,7 @@ import hashlib
 import json
 import re
 import ssl
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -36,6 +37,7 @@ from tqdm import tqdm
 from codes.common.ledger import Ledger, Recorded
 from codes.common.llm_limits import MAX_OUTAGE_SECONDS, Breaker, Budget, Gate, Need
 from codes.common.llm_outcomes import (
+    LIMIT_NAMES,
     ApiError,
     Completion,
     FatalApiError,
@@ -46,6 +48,7 @@ from codes.common.llm_outcomes import (
     classify,
     parse_body,
     raise_final,
+    refused_parameter,
 )
 
 __all__ = [
@@ -70,6 +73,7 @@ DEFAULT_BASE_URL = "https://api.openai.com/v1"
 MAX_WAIT_SECONDS = 60.0
 # An empty answer costs a full generation each time, and the fourth is hardly ever better than the third.
 EMPTY_ANSWER_TRIES = 3
+REFUSED_PARAMETER = "refused_parameter"
 # Requests read ahead of the finished ones, per concurrent call: those that wait for a next attempt must not
 # leave places empty.
 READ_AHEAD = 4
@@ -182,6 +186,8 @@ class LlmClient:
         self.host = self.endpoint.split("/", 1)[0]
         self._max_attempts = max(1, max_attempts)
         self._timeout = request_timeout
+        # Parameters that a request was answered without, after the server had refused them by name.
+        self.refused_parameters: set[str] = set()
         self._backoff = wait_random_exponential(multiplier=first_wait_seconds, max=MAX_WAIT_SECONDS)
         self._pools: list[openai.AsyncOpenAI] = []
         self._free: list[openai.AsyncOpenAI] = []
@@ -241,11 +247,12 @@ class LlmClient:
         """
         need = request.need()
         n_attempts = 0
+        refused: set[str] = set()
 
         async def attempt() -> Completion:
             nonlocal n_attempts
             n_attempts += 1
-            return await self._pass_gate(request, need, gate, breaker, order)
+            return await self._pass_gate(request, refused, need, gate, breaker, order)
 
         def is_last(state: RetryCallState) -> bool:
             return self._is_last_attempt(state, breaker)
@@ -275,13 +282,13 @@ class LlmClient:
         return replace(completion, attempts=n_attempts)
 
     async def _pass_gate(
-        self, request: CompletionRequest, need: Need, gate: Gate, breaker: Breaker, order: int
+        self, request: CompletionRequest, refused: set[str], need: Need, gate: Gate, breaker: Breaker, order: int
     ) -> Completion:
         """One attempt, with the gate and the breaker told how it went."""
         permit = await gate.enter(order, need)
         outcome: Completion | ApiError | None = None
         try:
-            outcome = await self._attempt(request)
+            outcome = await self._attempt_without(refused, request)
             return outcome
         except ApiError as error:
             outcome = error
@@ -293,7 +300,21 @@ class LlmClient:
             elif outcome is not None and not isinstance(outcome, FatalApiError):
                 breaker.fail(outcome)
 
-    async def _attempt(self, request: CompletionRequest) -> Completion:
+    async def _attempt_without(self, refused: set[str], request: CompletionRequest) -> Completion:
+        """One attempt; what the server refuses of its parameters is added to ``refused``, for the next one."""
+        parameters = self._parameters(request, refused)
+        try:
+            completion = await self._attempt(parameters)
+        except RowError as error:
+            name = refused_parameter(error, parameters)
+            if name is None or (refused | {name} | self.refused_parameters).issuperset(LIMIT_NAMES):
+                raise
+            refused.add(name)
+            raise RetriableError(str(error), reason=REFUSED_PARAMETER, usage=error.usage) from None
+        self._remember(refused)
+        return completion
+
+    async def _attempt(self, parameters: dict[str, Any]) -> Completion:
         try:
             # The library's time-out starts anew with every byte that arrives; this one does not.
             with self._lease() as pool:
@@ -303,7 +324,7 @@ class LlmClient:
                         # builds an object from a body that is read with more suspicion below.
                         "/chat/completions",
                         cast_to=httpx2.Response,
-                        body=self._parameters(request),
+                        body=parameters,
                         options=_NO_RANDOM_KEY,
                     )
             body = response.text
@@ -319,20 +340,34 @@ class LlmClient:
             raise RowError("the answer repeats the API key", reason="key_in_answer", usage=usage)
         return completion
 
-    def _parameters(self, request: CompletionRequest) -> dict[str, Any]:
+    def _parameters(self, request: CompletionRequest, refused: set[str]) -> dict[str, Any]:
         # OpenAI's newer models refuse `max_tokens`; most other servers know nothing else.
-        limit = "max_completion_tokens" if self.host == "api.openai.com" else "max_tokens"
+        names = LIMIT_NAMES if self.host != "api.openai.com" else LIMIT_NAMES[::-1]
+        without = refused | self.refused_parameters
         parameters: dict[str, Any] = {
             "model": request.model,
             "messages": list(request.messages),
-            limit: request.max_tokens,
+            next((name for name in names if name not in without), names[0]): request.max_tokens,
         }
-        if request.temperature is not None:
+        if request.temperature is not None and "temperature" not in without:
             parameters["temperature"] = request.temperature
         return parameters
 
+    def _remember(self, refused: set[str]) -> None:
+        """Keep to what brought an answer, and say so: another temperature is another answer."""
+        if refused <= self.refused_parameters:
+            return
+        self.refused_parameters |= refused
+        names = " and ".join(sorted(refused))
+        message = f"note: {self.host} refuses {names} for this model"
+        if "temperature" in refused:
+            message += "; from here on the server's own temperature applies"
+        print(message, file=sys.stderr, flush=True)
+
     def _is_last_attempt(self, state: RetryCallState, breaker: Breaker) -> bool:
         error = _error_of(state)
+        if error is not None and error.reason == REFUSED_PARAMETER:
+            return False  # each parameter is left out once, so this ends
         if error is not None and error.reason == "no_connection" and breaker.has_ever_succeeded:
             return False  # the network is down, and no request's fault: the breaker ends that
         limit = self._max_attempts
@@ -342,6 +377,8 @@ class LlmClient:
 
     def _seconds_to_wait(self, state: RetryCallState, gate: Gate, breaker: Breaker) -> float:
         error = _error_of(state)
+        if error is not None and error.reason == REFUSED_PARAMETER:
+            return 0.0
         jitter: float = self._backoff(state)
         if error is not None and error.retry_after is not None:
             gate.pause(error.retry_after)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from codes.common.errors import ContrastRMError
-from codes.common.llm_outcomes import NOT_BILLED, ApiError, Completion, FatalApiError, Usage
+from codes.common.llm_outcomes import NOT_AN_API_REASONS, NOT_BILLED, ApiError, Completion, FatalApiError, Usage
 
 # A burst of refusals lowers the limit once; 0.7 and not 0.5, because the server's own back-off is obeyed
 # besides.
@@ -31,6 +31,8 @@ MAX_OUTAGE_SECONDS = 600.0
 # Refusals of the request itself (400, 413, 422) come back at once: so many, with no success, mean that the
 # settings are wrong and not the rows.
 BREAKER_REFUSALS = 100
+# So many calls that brought no answer of a chat API, before any that did, mean that the address is another server's.
+NOT_AN_API_CALLS = 5
 # Per message: role and delimiters.
 TOKENS_A_MESSAGE = 16
 CHARACTERS_A_TOKEN = 4
@@ -361,6 +363,12 @@ class Breaker:
         self._n_refusals += is_refusal
         seconds = time.monotonic() - self._first_failure_at
         n_failed = self._reasons.total()
+        if not self.has_ever_succeeded and n_failed >= NOT_AN_API_CALLS and set(self._reasons) <= NOT_AN_API_REASONS:
+            message = (
+                f"stopped: none of the first {n_failed} calls brought an answer of a chat API (last: {error}); check "
+                "OPENAI_BASE_URL / --api_base_url, which usually ends in /v1"
+            )
+            raise FatalApiError(message, reason="not_an_api")
         if self._n_refusals >= BREAKER_REFUSALS or (n_failed >= BREAKER_CALLS and seconds >= self._max_outage_seconds):
             reasons = ", ".join(f"{reason} {count}" for reason, count in self._reasons.most_common(4))
             cure = "check the settings" if self._n_refusals else "wait until the server answers again"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -34,6 +34,12 @@ _FATAL_CODES = frozenset(
 )
 _RETRIABLE_STATUSES = frozenset({408, 409, 425, 429})
 _ROW_STATUSES = frozenset({400, 413, 422})
+# The two names of the limit on an answer's length. Never none of them: an answer without a limit has no bound on its cost.
+LIMIT_NAMES = ("max_tokens", "max_completion_tokens")
+# "max_tokens is too large", "reduce the length of the messages": the request is too long, whatever the limit is called.
+_TOO_LONG = re.compile(r"(?i)too (?:large|long|big|many)|exceed|context|at most|must be (?:less|at least|greater|>|<)")
+# What came is no answer of a chat API at all: a web page, another JSON, an error without a code under HTTP 200.
+NOT_AN_API_REASONS = frozenset({"invalid_body", "error_body"})
 # The server has too much to do, or is gone: fewer requests at a time are the answer.
 _OVERLOAD_REASONS = frozenset(
     {"rate_limit", "timeout", "no_connection", "http_408", "http_502", "http_503", "http_504", "http_529"}
@@ -123,6 +129,19 @@ def raise_final(error: RetriableError, host: str) -> NoReturn:
         message = f"cannot reach {host}: {error}; check OPENAI_BASE_URL and the network, then run again"
         raise FatalApiError(message, reason=error.reason, usage=error.usage) from None
     raise error
+
+
+def refused_parameter(error: RowError, sent: Mapping[str, Any]) -> str | None:
+    """The parameter that a refusal names and that another attempt can do without; None where there is none.
+
+    Newer models take ``max_completion_tokens`` in place of ``max_tokens`` and no temperature but their own.
+    """
+    if error.reason not in ("http_400", "http_422"):
+        return None
+    text = str(error)
+    named = [name for name in (*LIMIT_NAMES, "temperature") if name in sent and re.search(rf"\b{name}\b", text)]
+    # The name of the other limit, which was not sent, stands there as the cure.
+    return next((name for name in named if name == "temperature" or not _TOO_LONG.search(text)), None)
 
 
 def parse_body(body: str, scrub: Callable[[str], str] = str) -> Completion:
