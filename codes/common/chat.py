@@ -331,7 +331,8 @@ def take_template(tokenizer: PreTrainedTokenizerBase, wanted: str = "") -> None:
     elif named:
         if "default" not in named:
             raise ContrastRMError(
-                f"the tokenizer has several chat templates and no default: choose one with --chat_template ({', '.join(sorted(named))})"
+                "the tokenizer has several chat templates and no default: choose one with --chat_template "
+                f"({', '.join(sorted(named))})"
             )
         tokenizer.chat_template = named["default"]
 

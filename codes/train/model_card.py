@@ -74,7 +74,8 @@ def model_card(arguments: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     Args:
         arguments: Of the run, as in ``train_args.json``.
         summary: Of the run (``training_summary``); ``groups_per_source``, ``rejected_per_bias``, ``reward_mean``,
-            ``reward_std`` (of ``reward_n`` texts), ``max_length``, ``text_pairs`` (the model has no chat template) and ``metrics`` are shown where they are there.
+            ``reward_std`` (of ``reward_n`` texts), ``max_length`` and ``metrics`` are shown
+            where they are there; ``text_pairs``: the model has no chat template.
     """
     base, licence = base_of(str(arguments["model_path"]))
     lora = int(arguments.get("lora_rank") or 0)
@@ -124,12 +125,13 @@ def _opening(
         else f" The weights are those after step {saved_step}, the best by held-out {arguments['metric_for_best']}."
     )
     whole = "`adapter/`" if adapter_only else "The folder"
+    tokenizer = "tokenizer" if summary.get("text_pairs") else "tokenizer, chat template"
     how = f"a LoRA adapter of rank {lora} and the score head were trained" if lora else "all weights were trained"
     return (
         f"One label, a raw score: higher is better; only differences between answers to one question mean something. {scale}\n\n"
         f"Base model: {base} (licence: {licence or 'see its own card'}). Trained {summary['steps']} steps on "
         f"{summary['groups']} groups of one chosen and one or more rejected answers ({arguments['mode']} loss; {how}).{weights} "
-        f"{whole} is complete: tokenizer, {'' if summary.get('text_pairs') else 'chat template '}and pad id are those of the training."
+        f"{whole} is complete: {tokenizer} and pad id are those of the training."
     )
 
 
