@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from codes.common.chat import ChatFormatter
 from codes.common.errors import ContrastRMError, RecordError
 from codes.common.packing import shared_tokens
+from codes.common.questions import question_words
 from codes.common.records import read_preference_file
-from codes.train.contamination import NGRAM, ContaminationIndex, expand_files, words_of
+from codes.train.contamination import NGRAM, ContaminationIndex, expand_files
 from codes.train.data_utils import encode_groups
 from codes.train.draws import Draws
 from codes.train.train_reward_model import main
@@ -153,7 +154,7 @@ def test_questions_that_meet_are_listed(
     rows = [json.loads(line) for line in (out / "contamination.jsonl").read_text().splitlines()]
     assert {row["id"]: row["kind"] for row in rows} == {"exact": "exact", "run": "ngram", "turns": "exact"}
     assert rows[0]["eval"] == [f"{eval_file}:1", f"{eval_file}:4"]
-    n_runs = len(words_of(LONG)) - NGRAM + 1
+    n_runs = len(question_words(LONG)) - NGRAM + 1
     assert rows[1]["overlap"] == pytest.approx((n_runs - 1) / n_runs, abs=1e-4)
     assert "WARNING: contamination: 3 of 5 training records" in capsys.readouterr().out
     with pytest.raises(ContrastRMError, match="contaminated: 3 of 5"):

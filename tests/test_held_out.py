@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 
 from codes.common.chat import ChatFormatter
 from codes.common.errors import ContrastRMError
+from codes.common.questions import question_key
 from codes.common.records import PreferenceRecord, read_preference_file, write_jsonl
 from codes.common.scoring import Conversation, Scorer
 from codes.train.best_checkpoint import BestFolder, Ranking, resolve_ranking
@@ -39,7 +40,6 @@ from codes.train.held_out import (
     gather_held_out,
     held_out_metrics,
     metric_names,
-    question_key,
     split_questions,
 )
 from codes.train.losses import contrastive_loss

@@ -1,17 +1,14 @@
 """Rates and means with 95 % intervals, from scipy and statsmodels. No torch here.
 
 The unit of chance is the question, not the row: the same question stands in several evaluation files, so intervals are
-clustered by it (``cluster_rate``). ``wilson`` is the plain interval for independent rows.
+clustered by it (``questions.question_key``, ``cluster_rate``). ``wilson`` is the plain interval for independent rows.
 """
 
 from __future__ import annotations
 
 import math
-import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,19 +16,6 @@ from scipy import stats as scipy_stats
 from statsmodels.stats.proportion import proportion_confint
 
 CONFIDENCE = 0.95
-
-_WORD = re.compile(r"[^\W_]+")
-
-
-@lru_cache(maxsize=16384)
-def question_cluster(question: str) -> str:
-    """Name of the cluster that a question belongs to: its letters and digits, in lower case and one Unicode form.
-
-    Layout, case and punctuation make no independent question. Two questions that differ by signs alone ("1+1", "1-1")
-    fall together, which can only widen an interval; a question of signs alone keeps its text.
-    """
-    words = _WORD.findall(unicodedata.normalize("NFKC", question).casefold())
-    return " ".join(words) or question.strip()
 
 
 def cluster_index(clusters: Sequence[str]) -> np.ndarray:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from codes.common.errors import ContrastRMError
+from codes.common.questions import question_key
 from codes.common.records import iter_jsonl
-from codes.common.stats import question_cluster
 from codes.evaluate.compare_stats import PairedPart, adjust, compare_parts, to_fields
 from codes.evaluate.metrics import rate_fields
 
@@ -73,7 +73,7 @@ def share_rows(
     kept = [k for k in common if k not in flagged]
     return Shared(
         rows={name: [rows[k] for k in kept] for name, rows in keyed.items()},
-        clusters=[question_cluster(first[k]["question"]) for k in kept],
+        clusters=[question_key(first[k]["question"]) for k in kept],
         n_left_out={name: len(rows) - len(common) for name, rows in keyed.items()},
         n_flagged=len(flagged),
     )

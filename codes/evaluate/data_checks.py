@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from codes.common.biases import get_bias
+from codes.common.questions import question_key
 from codes.common.records import BiasRecord, ReadReport, RefinementRecord
-from codes.common.stats import question_cluster
 
 Record = BiasRecord | RefinementRecord
 
@@ -164,7 +164,7 @@ def named_texts(record: Record) -> tuple[dict[str, str], dict[str, str]]:
 
 def _content(record: Record) -> tuple[str, ...]:
     """What makes a row, whichever answer stands first."""
-    question = question_cluster(record.question)
+    question = question_key(record.question)
     if isinstance(record, RefinementRecord):
         return question, record.original_response.strip(), record.rewritten_response.strip()
     pairs = sorted(
@@ -180,7 +180,7 @@ def _contradictions(records_by_bias: Mapping[str, Sequence[Record]]) -> dict[str
         for record in records:
             texts = [text.strip() for text in record.original] if isinstance(record, BiasRecord) else []
             if isinstance(record, BiasRecord) and texts[0] != texts[1]:
-                seen.setdefault((question_cluster(record.question), *sorted(texts)), []).append((name, record))
+                seen.setdefault((question_key(record.question), *sorted(texts)), []).append((name, record))
     found: dict[str, list[Defect]] = {}
     for rows in seen.values():
         if len({record.original[record.better].strip() for _, record in rows}) < 2:

@@ -34,7 +34,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import DegenerateDataWarning, bootstrap
 
-from codes.common.stats import CONFIDENCE, question_cluster
+from codes.common.questions import question_key
+from codes.common.stats import CONFIDENCE
 from codes.evaluate.formats import (
     FORMATS,
     LLMBAR_ADVERSARIAL,
@@ -88,7 +89,7 @@ class ItemOutcome:
     @property
     def cluster(self) -> str:
         """The unit of chance: the question, whatever its layout."""
-        return question_cluster(self.item.question)
+        return question_key(self.item.question)
 
     @property
     def is_scored(self) -> bool:

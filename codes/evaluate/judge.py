@@ -36,6 +36,7 @@ from codes.common.errors import ContrastRMError
 from codes.common.judging import read_verdict
 from codes.common.llm import ApiError, Completion, Outcome
 from codes.common.llm_session import Api, add_llm_arguments, open_api_of
+from codes.common.questions import question_key
 from codes.common.records import (
     BiasRecord,
     Message,
@@ -47,7 +48,6 @@ from codes.common.records import (
     write_jsonl,
 )
 from codes.common.reporting import rate_cell, run_metadata, text_table
-from codes.common.stats import question_cluster
 from codes.evaluate.api import PairVerdict
 from codes.evaluate.eval_reward_bench import (
     benchmark_source,
@@ -208,7 +208,7 @@ class PairJudgement:
     @property
     def cluster(self) -> str:
         """The unit of chance: the question, whatever its layout."""
-        return question_cluster(self.question)
+        return question_key(self.question)
 
     @property
     def is_read(self) -> bool:

@@ -80,7 +80,8 @@ from statsmodels.stats.proportion import proportion_confint
 
 from codes.common.biases import PAIRWISE
 from codes.common.errors import ContrastRMError
-from codes.common.stats import CONFIDENCE, Rate, cluster_index, cluster_rate, mean_interval, question_cluster, wilson
+from codes.common.questions import question_key
+from codes.common.stats import CONFIDENCE, Rate, cluster_index, cluster_rate, mean_interval, wilson
 from codes.common.verdicts import VERDICTS, Verdict, judge_pair
 from codes.evaluate.reward_bench_table import SECTIONS, SUBSET_BY_NAME, SUBSETS, Subset, subsets_of
 
@@ -127,7 +128,7 @@ class PairOutcome:
     @property
     def cluster(self) -> str:
         """The unit of chance: the question, whatever its layout."""
-        return question_cluster(self.question)
+        return question_key(self.question)
 
     @property
     def is_scored(self) -> bool:
@@ -218,7 +219,7 @@ class RefinementOutcome:
     @property
     def cluster(self) -> str:
         """The unit of chance: the question, whatever its layout."""
-        return question_cluster(self.question)
+        return question_key(self.question)
 
     @property
     def is_scored(self) -> bool:
@@ -255,7 +256,7 @@ class RewardBenchOutcome:
     @property
     def cluster(self) -> str:
         """The unit of chance: the question, whatever its layout."""
-        return question_cluster(self.question)
+        return question_key(self.question)
 
     @property
     def is_scored(self) -> bool:

@@ -3,16 +3,14 @@
 Reads: the training sources, and evaluation files (JSONL with ``question``, ``prompt`` or ``messages``).
 Writes: ``contamination.jsonl``, one line for each training record that meets an evaluation question.
 
-Normalised: NFKC, case folded, words only (a character of Chinese, Japanese or Korean is a word). Of a prompt with turns the
-user's count. A question of fewer than 13 words can only match exactly.
+``codes.common.questions`` says when two questions are the same. Of a prompt with turns the user's count. A question of fewer
+than 13 words can only match exactly.
 Run: ``python -m codes.train.train_reward_model --estimate 1``
 """
 
 from __future__ import annotations
 
 import glob
-import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,15 +19,14 @@ from typing import Any
 import numpy as np
 
 from codes.common.errors import ContrastRMError, RecordError
-from codes.common.records import Message, PreferenceRecord, iter_jsonl, write_jsonl
+from codes.common.questions import question_key, question_words, row_question, user_text
+from codes.common.records import PreferenceRecord, iter_jsonl, write_jsonl
 from codes.train.sources import Source, read_source
 
 # Source of the length: Brown et al. 2020 (arXiv 2005.14165), appendix C.
 NGRAM = 13
 CONTAMINATION_FILE = "contamination.jsonl"
 DEFAULT_FILES = "data/eval/*.jsonl,data/eval/public/*.jsonl,data/eval/reward_bench/*.jsonl"
-_ONE_CHARACTER_WORDS = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
-_WORD = re.compile(rf"[{_ONE_CHARACTER_WORDS}]|[^\W{_ONE_CHARACTER_WORDS}]+")
 _POWERS = np.array([pow(0x100000001B3, power, 2**64) for power in range(NGRAM)], dtype=np.uint64)
 
 
@@ -71,16 +68,6 @@ class _Question:
     @property
     def n_ngrams(self) -> int:
         return max(0, len(self.words) - NGRAM + 1)
-
-
-def words_of(text: str) -> list[str]:
-    """Normalised words."""
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
-
-
-def user_text(messages: Sequence[Message]) -> str:
-    """What the user says in a prompt."""
-    return "\n".join(message["content"] for message in messages if message["role"] == "user")
 
 
 def expand_files(patterns: str) -> list[Path]:
@@ -132,8 +119,7 @@ class ContaminationIndex:
 
     def _add(self, text: str, place: str) -> None:
         self.n_rows += 1
-        words = words_of(text)
-        key = " ".join(words) or text.strip()
+        words, key = question_words(text), question_key(text)
         if key not in self._exact:
             self._exact[key] = len(self._questions)
             ids = [self._vocabulary.setdefault(word, len(self._vocabulary) + 1) for word in words]
@@ -142,8 +128,8 @@ class ContaminationIndex:
 
     def meet(self, text: str) -> Iterator[tuple[str, float, str, tuple[str, ...]]]:
         """(kind, overlap, question, places) of every evaluation question that a training question meets."""
-        words = words_of(text)
-        exact = self._exact.get(" ".join(words) or text.strip())
+        words = question_words(text)
+        exact = self._exact.get(question_key(text))
         if exact is not None:
             question = self._questions[exact]
             yield "exact", 1.0, question.text, tuple(question.places)
@@ -162,18 +148,10 @@ class ContaminationIndex:
 
 
 def _question_of(file: Path, line: int, row: Any) -> str:
-    value = None
-    if isinstance(row, dict):
-        value = next((row[key] for key in ("question", "prompt", "messages") if row.get(key)), None)
-    if isinstance(value, str):
-        return value
-    turns = value if isinstance(value, list) else []
-    whole = all(isinstance(turn, dict) and isinstance(turn.get("content"), str) and "role" in turn for turn in turns)
-    if not turns or not whole:
-        raise RecordError(
-            file, line, "question", row if value is None else value, "a text or turns in question or prompt"
-        )
-    return user_text(turns)
+    question = row_question(row)
+    if question is None:
+        raise RecordError(file, line, "question", row, "a text or turns in question, prompt or messages")
+    return question
 
 
 def _ngram_hashes(ids: Sequence[int]) -> np.ndarray:

@@ -19,7 +19,6 @@ import argparse
 import hashlib
 import json
 import sys
-import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -31,11 +30,13 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from codes.common import questions as questions_module
 from codes.common import records as records_module
 from codes.common.biases import PAIRWISE, eval_file_name
 from codes.common.chat import ChatFormatter, Conversation, EncodedText
 from codes.common.cli import share_or_auto
 from codes.common.errors import ContrastRMError
+from codes.common.questions import question_key, row_question, user_text
 from codes.common.records import (
     BiasRecord,
     Message,
@@ -43,7 +44,6 @@ from codes.common.records import (
     ensure_writable_folder,
     file_sha256,
     iter_jsonl,
-    messages_to_text,
     parse_preference_row,
     read_bias_file,
     read_preference_file,
@@ -153,11 +153,6 @@ class HeldOutSet:
 # --- what is held out ---
 
 
-def question_key(text: str) -> str:
-    """A question as it is compared: Unicode form, case and blanks do not make two of one."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
 @dataclass(frozen=True)
 class QuestionSplit:
     """Which questions are held out: those whose seeded hash is below ``limit``.
@@ -172,8 +167,12 @@ class QuestionSplit:
     n_held_out: int
 
     def holds_out(self, question: str) -> bool:
-        """Whether a question is held out."""
+        """Whether a question (of a prompt with turns what the user says) is held out."""
         return _question_rank(question_key(question), self.seed) < self.limit
+
+
+def _key_of(row: PreferenceRecord | BiasRecord) -> str:
+    return question_key(row.question if isinstance(row, BiasRecord) else user_text(row.messages))
 
 
 def _question_rank(key: str, seed: int) -> int:
@@ -249,7 +248,10 @@ def split_questions(
         return None
     remembered = None
     if cache_dir.strip():
-        code = [file_sha256(str(module.__file__)) for module in (sys.modules[__name__], records_module, sources_module)]
+        code = [
+            file_sha256(str(module.__file__))
+            for module in (sys.modules[__name__], questions_module, records_module, sources_module)
+        ]
         parts = [code, [identify(source).sha256 for source in sources], max_bad_rows, limit, seed, str(share)]
         name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
         remembered = ensure_writable_folder(cache_dir) / f"split-{name}.json"
@@ -260,7 +262,7 @@ def split_questions(
     for source in sources:
         read_source(
             source,
-            lambda record: ranks.append(_question_rank(question_key(record.question), seed)),
+            lambda record: ranks.append(_question_rank(_key_of(record), seed)),
             max_bad_rows=max_bad_rows,
             limit=limit,
         )
@@ -287,7 +289,10 @@ def aside_of(split: QuestionSplit | None) -> Aside | None:
     """What the token cache keeps out of training."""
     if split is None or not split.n_held_out:
         return None
-    return Aside(f"questions {split.seed} {split.limit}", lambda record: split.holds_out(record.question))
+    same = file_sha256(str(questions_module.__file__))
+    return Aside(
+        f"questions {split.seed} {split.limit} {same}", lambda record: split.holds_out(user_text(record.messages))
+    )
 
 
 def gather_held_out(
@@ -323,14 +328,14 @@ def gather_held_out(
     if bias_eval_dir:
         bias_rows, files = _read_bias_folder(Path(bias_eval_dir), max_bad_rows)
         report |= {"bias_eval_dir": bias_eval_dir, "bias_files": files}
-    asked = {question_key(record.question) for record in given}
-    asked |= {question_key(row.question) for rows in (bias_rows or {}).values() for row in rows}
+    asked = {_key_of(record) for record in given}
+    asked |= {_key_of(row) for rows in (bias_rows or {}).values() for row in rows}
     if asked:
         trained_on = set[str]()
 
         def see(record: PreferenceRecord) -> None:
-            key = question_key(record.question)
-            if key in asked and (split is None or not split.holds_out(record.question)):
+            key = _key_of(record)
+            if key in asked and (split is None or not split.holds_out(user_text(record.messages))):
                 trained_on.add(key)
 
         for source in sources:
@@ -353,11 +358,9 @@ def final_questions(folder: Path = FINAL_DATA) -> set[str]:
     keys = set()
     for path in sorted(folder.rglob("*.jsonl")):
         for _, row in iter_jsonl(path):
-            prompt = row.get("question", row.get("prompt")) if isinstance(row, dict) else None
-            if isinstance(prompt, list):
-                prompt = messages_to_text(prompt)
-            if isinstance(prompt, str):
-                keys.add(question_key(prompt))
+            question = row_question(row)
+            if question is not None:
+                keys.add(question_key(question))
     return keys
 
 
@@ -368,7 +371,7 @@ def _leave_out(
     kept: list[Row] = []
     counts = Counter({f"n_{reason}": 0 for reason in avoided})
     for row in rows:
-        key = question_key(row.question)
+        key = _key_of(row)
         reason = next((name for name, keys in avoided.items() if key in keys), None)
         if reason is None:
             kept.append(row)
@@ -419,7 +422,7 @@ def encode_held_out(data: HeldOutRecords, formatter: ChatFormatter) -> HeldOutSe
     pairs: list[BiasPair] = []
     for record in data.records:
         group = HeldOutGroup(
-            question=question_key(record.question),
+            question=_key_of(record),
             chosen=place(record.messages, record.chosen),
             rejected=tuple(place(record.messages, answer) for answer in record.rejected),
             injected=tuple(bias is not None for bias in record.bias_type),
@@ -436,7 +439,7 @@ def encode_held_out(data: HeldOutRecords, formatter: ChatFormatter) -> HeldOutSe
             prompt: list[Message] = [{"role": "user", "content": row.question}]
             better, other = (place(prompt, row.original[at]) for at in (row.better, 1 - row.better))
             biased_better, biased_other = (place(prompt, row.rewritten[at]) for at in (row.better, 1 - row.better))
-            pairs.append(BiasPair(bias, question_key(row.question), better, (other,), biased_better, biased_other))
+            pairs.append(BiasPair(bias, _key_of(row), better, (other,), biased_better, biased_other))
     texts = formatter.encode(conversations)
     dropped = {at for at, text in enumerate(texts) if text.dropped}
     groups = [group for group in (_without_dropped(group, dropped) for group in whole) if group is not None]
