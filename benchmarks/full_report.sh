@@ -5,7 +5,7 @@
 #
 # Reads judgebias_dev/, rewardbench_style.jsonl and, to train on, train_pool.jsonl from that folder (public data with licences of
 # their own: they are never copied into the repository); the contrastive model trains on the constructed rows of data/train.
-# Writes OUTPUT_DIR, RESULTS_DIR/<model>, RESULTS_DIR/report/report.html and, where a browser is installed, screenshots of it.
+# Writes OUTPUT_DIR, RESULTS_DIR/<model> and RESULTS_DIR/report/report.html.
 # A finished stage is not run again. A model of one's own takes the place of a trained one: PAIRWISE_MODEL, CONTRASTIVE_MODEL.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
@@ -23,7 +23,6 @@ LIMIT_PER_BIAS="${LIMIT_PER_BIAS:-40}"             # pairs a bias; 0: all
 LIMIT_PER_SUBSET="${LIMIT_PER_SUBSET:-20}"         # RewardBench-style rows a subset; 0: all
 DTYPE="${DTYPE:-bfloat16}"                         # of the evaluation
 MAX_PAIRS="${MAX_PAIRS:-300}"                      # pairs that the page shows with their texts
-SCREENSHOTS="${SCREENSHOTS:-auto}"                 # auto | 0 | 1: with a browser
 # ----------------------------------------------------------------------------------------------------------------
 
 data="${CONTRASTRM_EXTERNAL_DATA:?set CONTRASTRM_EXTERNAL_DATA to the folder with train_pool.jsonl and judgebias_dev/}"
@@ -54,8 +53,3 @@ for model in "$BASE_MODEL" "$PAIRWISE_MODEL" "$CONTRASTIVE_MODEL"; do
   results+=("$folder")
 done
 run_step "$PYTHON" -m codes.evaluate.report "${results[@]}" --output "$RESULTS_DIR/report" --max_pairs "$MAX_PAIRS"
-
-if [[ "$SCREENSHOTS" == 1 ]] || { [[ "$SCREENSHOTS" == auto ]] && command -v "${CONTRASTRM_CHROMIUM:-chromium}" >/dev/null &&
-  "$PYTHON" -c 'import playwright' 2>/dev/null; }; then
-  run_step "$PYTHON" -m benchmarks.screenshots "$RESULTS_DIR/report/report.html" --output_dir "$OUTPUT_DIR/screenshots"
-fi
