@@ -32,6 +32,8 @@ API_MODEL="${API_MODEL:-}"                         # the model's name at the API
 API_BASE_URL="${API_BASE_URL:-${OPENAI_BASE_URL:-}}" # empty: the API's own address
 TEMPERATURE="${TEMPERATURE:-0.7}"
 MAX_NEW_TOKENS="${MAX_NEW_TOKENS:-1024}"
+JUDGE_TEMPERATURE="${JUDGE_TEMPERATURE:-0}"        # none: the server's own
+JUDGE_MAX_NEW_TOKENS="${JUDGE_MAX_NEW_TOKENS:-}"   # of a verdict, reasoning included; empty: 4096, 16 for the embedded model
 CONCURRENCY="${CONCURRENCY:-16}"
 MAX_ATTEMPTS="${MAX_ATTEMPTS:-6}"                  # per request
 REQUEST_TIMEOUT="${REQUEST_TIMEOUT:-120}"          # seconds
@@ -118,6 +120,8 @@ judge_flags=()
   judge_flags+=(--api_model "${JUDGE_MODEL:-$API_MODEL}")
 [[ -z "$JUDGE_PRICE_IN" ]] || judge_flags+=(--price_in "$JUDGE_PRICE_IN")
 [[ -z "$JUDGE_PRICE_OUT" ]] || judge_flags+=(--price_out "$JUDGE_PRICE_OUT")
+judge_flags+=(--temperature "$JUDGE_TEMPERATURE")
+[[ -z "$JUDGE_MAX_NEW_TOKENS" ]] || judge_flags+=(--max_new_tokens "$JUDGE_MAX_NEW_TOKENS")
 [[ "$DROP_BAD_NEGATIVES" != 1 ]] || judge_flags+=(--drop_bad_negatives)
 [[ "$uses_model" == 1 ]] || judge_flags+=(--judge none)
 write_flags=(--temperature "$TEMPERATURE" --max_new_tokens "$MAX_NEW_TOKENS" --seed "$SEED" ${writer_flags[@]+"${writer_flags[@]}"})

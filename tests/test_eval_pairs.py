@@ -120,7 +120,8 @@ def letter_with(text: str, words: str) -> str:
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    for name in ("API_MODEL", "JUDGE_MODEL", "OPENAI_BASE_URL", api.EMBEDDED_SERVER_VARIABLE):
+    judges = ("JUDGE_MODEL", "JUDGE_TEMPERATURE", "JUDGE_MAX_NEW_TOKENS")
+    for name in ("API_MODEL", "OPENAI_BASE_URL", api.EMBEDDED_SERVER_VARIABLE, *judges):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -544,6 +545,7 @@ def test_rules_can_be_judged_too_and_a_judge_of_its_own_texts_is_named(
         position = argv.index("--api_model")
         assert build_eval_pairs.main(argv[:position] + argv[position + 2 :]) == 0  # a judge, and no writer
         assert {body["model"] for body in server.requests} == {"judge"}
+        assert {(body["max_tokens"], body["temperature"]) for body in server.requests} == {(4096, 0)}
         assert "warning" not in capsys.readouterr().err
         assert build_eval_pairs.main(flags(tmp_path, server, bias_types="length", judge_model="editor")) == 0
     assert "warning: the judge editor wrote these texts itself" in capsys.readouterr().err

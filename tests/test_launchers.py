@@ -130,6 +130,7 @@ VARIANTS = [
         "run_construction",
         {"MAX_COST": "3", "PRICE_IN": "1", "PRICE_OUT": "2", "MAX_REQUESTS": "9", "MAX_TOKENS_BUDGET": "99"},
     ),
+    ("run_construction", {"API_MODEL": "m", "JUDGE_TEMPERATURE": "none", "JUDGE_MAX_NEW_TOKENS": "9000"}),
     ("run_construction", {"ESTIMATE": "1", "USE_GPTINST": "1", "API_MODEL": "m", "RETRY_FAILED": "1"}),
     ("run_construction", {"ESTIMATE": "1", "GENERATOR": "embedded"}),
     ("run_training", {}),

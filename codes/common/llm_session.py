@@ -200,6 +200,8 @@ class Api:
             "prompt_tokens": counts.prompt_tokens,
             "completion_tokens": counts.completion_tokens,
             "n_failed_requests": dict(counts.failed.most_common()),
+            # Refused by the server and left out: another temperature than the one asked for has written these answers.
+            "refused_parameters": sorted(self.engine.client.refused_parameters),
             "spent_in_this_run": self.engine.budget.spent.to_dict(),
         }
 
@@ -224,8 +226,8 @@ class Api:
         return EXIT_ROWS_MISSING
 
 
-def add_llm_arguments(parser: argparse.ArgumentParser, *, temperature: float, max_new_tokens: int) -> None:
-    """Add the flags of every command that asks a chat model, with the command's own defaults."""
+def add_llm_arguments(parser: argparse.ArgumentParser, *, temperature: float | str, max_new_tokens: int | str) -> None:
+    """Add the flags of every command that asks a chat model, with the command's own defaults (texts are parsed)."""
     group = parser.add_argument_group("model and server (the key comes from OPENAI_API_KEY alone)")
     group.add_argument("--api_model", default=os.environ.get("API_MODEL") or None, help="default: $API_MODEL")
     group.add_argument(
@@ -234,7 +236,7 @@ def add_llm_arguments(parser: argparse.ArgumentParser, *, temperature: float, ma
         help="default: $OPENAI_BASE_URL, else OpenAI",
     )
     group.add_argument(
-        "--temperature", type=_temperature, default=temperature, help="a number, or none for the server's own"
+        "--temperature", type=parse_temperature, default=temperature, help="a number, or none for the server's own"
     )
     group.add_argument("--max_new_tokens", type=positive, default=max_new_tokens)
     group.add_argument("--concurrency", type=positive, default=16, help="requests at a time")
@@ -258,7 +260,8 @@ def add_llm_arguments(parser: argparse.ArgumentParser, *, temperature: float, ma
     group.add_argument("--retry_failed", action="store_true", help="ask again what an earlier run recorded as failed")
 
 
-def _temperature(value: str) -> float | None:
+def parse_temperature(value: str) -> float | None:
+    """A number; ``none``: the server's own."""
     return None if value.lower() == "none" else float(value)
 
 

@@ -15,9 +15,10 @@ import os
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -191,6 +192,21 @@ def messages_to_text(messages: list[Message]) -> str:
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
+
+
+def enclose(name: str, text: str, *, among: Sequence[str] = (), attributes: str = "") -> str:
+    """A text as a block ``<name>`` of a prompt.
+
+    Args:
+        name: The tag; numbered where a text holds it, so that nothing in a text opens or ends a block.
+        text: What stands in the block.
+        among: The other texts of the prompt.
+        attributes: Of the opening tag.
+    """
+    texts = "\n".join([text, *among]).lower()
+    tags = chain([name], (f"{name}-{number}" for number in count(2)))
+    tag = next(tag for tag in tags if f"<{tag}" not in texts and f"</{tag}" not in texts)
+    return f"<{tag}{attributes}>\n{text}\n</{tag}>"
 
 
 def iter_jsonl(path: str | Path) -> Iterator[tuple[int, Any]]:

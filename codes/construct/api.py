@@ -32,7 +32,7 @@ _TWO_WAYS_OUT = (
 )
 
 
-def add_api_arguments(parser: argparse.ArgumentParser, *, temperature: float, max_new_tokens: int) -> None:
+def add_api_arguments(parser: argparse.ArgumentParser, *, temperature: float | str, max_new_tokens: int | str) -> None:
     """Add the flags that all construct steps share, with a step's own defaults."""
     llm_session.add_llm_arguments(parser, temperature=temperature, max_new_tokens=max_new_tokens)
     parser.add_argument("--work_dir", type=Path, default=Path("output/construct"), help="ledger, failures, report")

@@ -37,9 +37,17 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from codes.common.biases import BIASES, EVALUABLE, eval_file_name, get_bias
-from codes.common.cli import run
+from codes.common.cli import positive, run
 from codes.common.errors import ContrastRMError
+from codes.common.judging import (
+    MAX_UNREAD,
+    UnreadVerdicts,
+    add_unread_argument,
+    judge_max_new_tokens,
+    judge_temperature,
+)
 from codes.common.llm import ApiError, Completion, Outcome
+from codes.common.llm_session import parse_temperature
 from codes.common.records import (
     CheckedPreferenceFile,
     Message,
@@ -428,6 +436,7 @@ class Settings:
     Attributes:
         judge: Asks whether the label still holds; None: nobody is asked.
         writer: Writes the rewrites; None: none is needed.
+        max_unread: See ``UnreadVerdicts``.
     """
 
     strategy: EvalStrategy
@@ -435,6 +444,7 @@ class Settings:
     check_cue: bool
     writer: Api | None
     judge: Api | None
+    max_unread: int = MAX_UNREAD
 
     def origin(self, kind: str) -> dict[str, Any]:
         """Where the texts of a kind of bias come from."""
@@ -527,8 +537,9 @@ def _judged(
             yield (item, draft), _candidates(item, draft)
 
     total = N_ORDERS * plan.count("rewrite", "identity")
+    unread = UnreadVerdicts(settings.max_unread)
     for (item, draft), judgement in judge_stream(
-        judge, items, n_orders=N_ORDERS, seed=settings.seed, description="verdicts", total=total
+        judge, items, n_orders=N_ORDERS, seed=settings.seed, unread=unread, total=total
     ):
         yield item, draft, judgement if judgement.orders else None
 
@@ -782,7 +793,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--judge_model", default=os.environ.get("JUDGE_MODEL") or None, help="default: $JUDGE_MODEL, else --api_model"
     )
-    parser.add_argument("--judge_max_new_tokens", type=int, default=16)
+    parser.add_argument(
+        "--judge_temperature",
+        type=parse_temperature,
+        default=judge_temperature(),
+        help="a number, or none for the server's own; default: $JUDGE_TEMPERATURE, else 0",
+    )
+    parser.add_argument(
+        "--judge_max_new_tokens",
+        type=positive,
+        default=judge_max_new_tokens(),
+        help="of a verdict, reasoning included; default: $JUDGE_MAX_NEW_TOKENS, else 4096 (16 for the embedded model)",
+    )
+    add_unread_argument(parser)
     parser.add_argument(
         "--cue_gate",
         choices=("on", "off"),
@@ -819,8 +842,12 @@ def main(argv: list[str] | None = None) -> int:
     def run_step(api: Api | None) -> int:
         judge = None
         if api is not None and has_judge:
-            temperature = None if args.temperature is None else 0.0
-            judge = replace(api, model=judge_model, temperature=temperature, max_new_tokens=args.judge_max_new_tokens)
+            judge = replace(
+                api,
+                model=judge_model,
+                temperature=args.judge_temperature,
+                max_new_tokens=args.judge_max_new_tokens,
+            )
         writer = api if has_writer else None
         if writer is not None and judge is not None and judge.model == writer.model and not writer.is_estimate:
             print(
@@ -829,7 +856,7 @@ def main(argv: list[str] | None = None) -> int:
                 file=sys.stderr,
                 flush=True,
             )
-        settings = Settings(args.strategy, args.seed, args.cue_gate == "on", writer, judge)
+        settings = Settings(args.strategy, args.seed, args.cue_gate == "on", writer, judge, args.max_unread)
         section, n_failed_requests = build(
             settings=settings,
             biases=biases,

@@ -14,7 +14,7 @@ from typing import Literal
 
 from codes.common.biases import INJECTABLE, get_bias
 from codes.common.errors import ContrastRMError
-from codes.common.records import Message, messages_to_text
+from codes.common.records import Message, enclose, messages_to_text
 
 PROMPT_VERSION = "3"
 
@@ -82,9 +82,7 @@ vague: give nothing that would help to do harm.
 
 Style: {cue}{limit}
 
-<conversation>
 {conversation}
-</conversation>
 
 Print only the answer."""
 
@@ -97,13 +95,9 @@ nothing, add no warning, and keep its final result or recommendation exactly as 
 
 Style: {cue}{limit}
 
-<conversation>
 {conversation}
-</conversation>
 
-<flawed_answer>
 {answer}
-</flawed_answer>
 
 Print only the rewritten answer."""
 
@@ -111,9 +105,7 @@ Print only the rewritten answer."""
 # gave 8 verdicts for 8 records with this text, 5 with a longer list of what does not count, and none with a system turn and
 # a form to fill in.
 _JUDGE = """\
-<conversation>
 {conversation}
-</conversation>
 
 {candidates}
 
@@ -129,15 +121,17 @@ one, with the same topic, the same form and about the same length, yet asks for 
 a good answer to yours would be a wrong or off-topic answer to the original. It must make sense by itself in \
 place of the last request.
 
-<conversation>
 {conversation}
-</conversation>
 
 Print only the new request, without an answer and without quotation marks."""
 
 
 def _brief(system: str, text: str) -> list[Message]:
     return [{"role": "system", "content": system}, {"role": "user", "content": text}]
+
+
+def _conversation(messages: list[Message], *others: str) -> str:
+    return enclose("conversation", messages_to_text(messages), among=others)
 
 
 def cue_instruction(bias: str) -> str:
@@ -168,7 +162,7 @@ def _limit_line(max_words: int | None) -> str:
 def build_wrong_answer(messages: list[Message], bias: str, *, max_words: int | None = None) -> list[Message]:
     """Ask for a wrong answer in the style of a bias, from the prompt alone."""
     text = _WRONG_ANSWER.format(
-        cue=cue_instruction(bias), conversation=messages_to_text(messages), limit=_limit_line(max_words)
+        cue=cue_instruction(bias), conversation=_conversation(messages), limit=_limit_line(max_words)
     )
     return _brief(_WRITER_SYSTEM, text)
 
@@ -177,8 +171,8 @@ def build_rewrite(messages: list[Message], rejected: str, bias: str, *, max_word
     """Ask for an existing rejected answer to be rewritten in the style of a bias, errors kept."""
     text = _REWRITE.format(
         cue=cue_instruction(bias),
-        conversation=messages_to_text(messages),
-        answer=rejected,
+        conversation=_conversation(messages, rejected),
+        answer=enclose("flawed_answer", rejected, among=[messages_to_text(messages)]),
         limit=_limit_line(max_words),
     )
     return _brief(_WRITER_SYSTEM, text)
@@ -198,11 +192,13 @@ def build_judge(messages: list[Message], candidates: Sequence[str]) -> list[Mess
         ContrastRMError: Fewer than 2 or more than 26 candidates.
     """
     letters = candidate_letters(len(candidates))
+    texts = [messages_to_text(messages), *candidates]
     shown = "\n\n".join(
-        f'<answer letter="{letter}">\n{text}\n</answer>' for letter, text in zip(letters, candidates, strict=True)
+        enclose("answer", text, among=texts, attributes=f' letter="{letter}"')
+        for letter, text in zip(letters, candidates, strict=True)
     )
     text = _JUDGE.format(
-        conversation=messages_to_text(messages),
+        conversation=_conversation(messages, *candidates),
         candidates=shown,
         letters=f"{', '.join(letters[:-1])} or {letters[-1]}",
     )
@@ -211,7 +207,7 @@ def build_judge(messages: list[Message], candidates: Sequence[str]) -> list[Mess
 
 def build_similar_question(messages: list[Message]) -> list[Message]:
     """Ask for a request that resembles the last one and wants something else."""
-    return _brief(_SIMILAR_SYSTEM, _SIMILAR.format(conversation=messages_to_text(messages)))
+    return _brief(_SIMILAR_SYSTEM, _SIMILAR.format(conversation=_conversation(messages)))
 
 
 def build_similar_answer(messages: list[Message], similar_question: str) -> list[Message]:

@@ -13,7 +13,7 @@ import re
 
 from codes.common.biases import get_bias
 from codes.common.errors import ContrastRMError
-from codes.common.records import Message, messages_to_text
+from codes.common.records import Message, enclose, messages_to_text
 from codes.construct.build_prompt import PROMPT_VERSION
 
 # The rejected answer is rewritten with construction's own prompt, so a row's version names both.
@@ -67,13 +67,9 @@ warnings. Add nothing of your own.
 
 Style: {cue} If the answer has nothing of that kind, give it back word for word.{limit}
 
-<conversation>
 {conversation}
-</conversation>
 
-<given_answer>
 {answer}
-</given_answer>
 
 Print only the edited answer."""
 
@@ -84,13 +80,9 @@ sentences, correct grammar and spelling, a sensible order.
 Substance: every claim, number, step and conclusion stays as it is, right or wrong. Correct no facts, add none, leave \
 none out, and keep about the same length and the same kind of layout.{limit}
 
-<conversation>
 {conversation}
-</conversation>
 
-<given_answer>
 {answer}
-</given_answer>
 
 Print only the edited answer."""
 
@@ -115,6 +107,14 @@ def _limit_line(max_words: int | None) -> str:
     )
 
 
+def _blocks(messages: list[Message], answer: str) -> dict[str, str]:
+    conversation = messages_to_text(messages)
+    return {
+        "conversation": enclose("conversation", conversation, among=[answer]),
+        "answer": enclose("given_answer", answer, among=[conversation]),
+    }
+
+
 def build_plain_rewrite(
     messages: list[Message], chosen: str, bias: str, *, max_words: int | None = None
 ) -> list[Message]:
@@ -125,8 +125,7 @@ def build_plain_rewrite(
     """
     text = _PLAIN.format(
         cue=loss_instruction(bias),
-        conversation=messages_to_text(messages),
-        answer=chosen,
+        **_blocks(messages, chosen),
         limit=_limit_line(max_words),
     )
     return [{"role": "system", "content": _EDITOR_SYSTEM}, {"role": "user", "content": text}]
@@ -134,5 +133,5 @@ def build_plain_rewrite(
 
 def build_polish(messages: list[Message], answer: str, *, max_words: int | None = None) -> list[Message]:
     """Ask for an answer to be polished, its content kept."""
-    text = _POLISH.format(conversation=messages_to_text(messages), answer=answer, limit=_limit_line(max_words))
+    text = _POLISH.format(**_blocks(messages, answer), limit=_limit_line(max_words))
     return [{"role": "system", "content": _EDITOR_SYSTEM}, {"role": "user", "content": text}]

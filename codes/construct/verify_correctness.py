@@ -36,7 +36,14 @@ from codes.common.base_model import is_embedded
 from codes.common.biases import INJECTABLE
 from codes.common.cli import run
 from codes.common.errors import ContrastRMError
-from codes.common.judging import read_verdict
+from codes.common.judging import (
+    MAX_UNREAD,
+    UnreadVerdicts,
+    add_unread_argument,
+    judge_max_new_tokens,
+    judge_temperature,
+    read_verdict,
+)
 from codes.common.llm import ApiError, Outcome
 from codes.common.records import (
     VERIFY_VALUES,
@@ -141,7 +148,7 @@ def shown_orders(record_id: str, n_candidates: int, seed: int, n_orders: int) ->
 
 
 def parse_verdict(text: str, n_candidates: int, *, cut_off: bool = False) -> int | None:
-    """Read the judge's answer strictly: a line ``Best: B``, or the letter as the whole answer.
+    """Read the judge's answer strictly (``codes.common.judging.read_verdict``).
 
     Args:
         text: The judge's answer.
@@ -163,6 +170,7 @@ def judge_stream(
     *,
     n_orders: int,
     seed: int,
+    unread: UnreadVerdicts,
     description: str = "verdicts",
     total: int | None = None,
 ) -> Iterator[tuple[Item, Judgement]]:
@@ -174,6 +182,7 @@ def judge_stream(
             is passed on without verdicts.
         n_orders: Orders to show each item's candidates in.
         seed: Of the orders.
+        unread: Ends the run where no answer is a verdict.
         description: For the progress bar.
         total: Requests expected, for the progress bar.
     """
@@ -193,7 +202,10 @@ def judge_stream(
         if orders and not outcomes:
             yield item, Judgement(tuple(OrderVerdict(order, None, "too_many_candidates") for order in orders[:1]))
             continue
-        yield item, Judgement(tuple(map(_read_outcome, orders, outcomes)))
+        verdicts = tuple(map(_read_outcome, orders, outcomes))
+        for verdict, outcome in zip(verdicts, outcomes, strict=True):
+            unread.see(outcome, verdict.picked is not None)
+        yield item, Judgement(verdicts)
 
 
 def _read_outcome(order: tuple[int, ...], outcome: Outcome) -> OrderVerdict:
@@ -278,6 +290,7 @@ def judge_rounds(
     seed: int,
     drop_bad_negatives: bool,
     failures: FailureLog,
+    unread: UnreadVerdicts,
 ) -> int:
     """Judge until no record needs another round; every round rewrites ``verdicts_file``, one row a record.
 
@@ -296,6 +309,7 @@ def judge_rounds(
             seed=seed,
             drop_bad_negatives=drop_bad_negatives,
             failures=failures,
+            unread=unread,
         )
         n_rounds, before = n_rounds + 1, verdicts_file
         if not n_open:
@@ -312,6 +326,7 @@ def _judge_round(
     seed: int,
     drop_bad_negatives: bool,
     failures: FailureLog,
+    unread: UnreadVerdicts,
 ) -> int:
     """One round; returns how many records need another one."""
 
@@ -323,7 +338,7 @@ def _judge_round(
             yield (record, rounds, alive), candidates
 
     n_open = 0
-    judged = judge_stream(api, items, n_orders=n_orders, seed=seed, description=description)
+    judged = judge_stream(api, items, n_orders=n_orders, seed=seed, unread=unread, description=description)
     with open_atomic(verdicts_file) as handle:
         for (record, rounds, alive), judgement in judged:
             if alive is not None:
@@ -502,12 +517,14 @@ def verify(
     n_orders: int = 2,
     drop_bad_negatives: bool = False,
     expected_negatives: int = 0,
+    max_unread: int = MAX_UNREAD,
 ) -> tuple[dict[str, Any], int]:
     """The whole step.
 
     Args:
         api: Asks the judge; None: nobody judges, and every record is ``SKIPPED``.
         expected_negatives: For an estimate alone: rejected answers that each record is still to get.
+        max_unread: See ``UnreadVerdicts``.
 
     Returns:
         The step's section of the report, and the number of requests that brought no answer.
@@ -549,6 +566,7 @@ def verify(
                 seed=seed,
                 drop_bad_negatives=drop_bad_negatives,
                 failures=failures,
+                unread=UnreadVerdicts(max_unread),
             )
         failed_file = failures.commit()
         with open_atomic(output_file) as all_rows:
@@ -643,7 +661,8 @@ def build_parser() -> argparse.ArgumentParser:
         default=0,
         help="with --estimate: rejected answers that each record is still to get from the steps before",
     )
-    add_api_arguments(parser, temperature=0.0, max_new_tokens=16)
+    add_unread_argument(parser)
+    add_api_arguments(parser, temperature=judge_temperature(), max_new_tokens=judge_max_new_tokens())
     return parser
 
 
@@ -669,6 +688,7 @@ def main(argv: list[str] | None = None) -> int:
             n_orders=args.orders,
             drop_bad_negatives=args.drop_bad_negatives,
             expected_negatives=args.expected_negatives,
+            max_unread=args.max_unread,
         )
         state = "on" if section["filter_is_on"] else "off"
         print(f"{args.train_file}: {section['n_train_rows']} of {section['n_records']} records (filter {state})")

@@ -33,7 +33,14 @@ from codes.common.biases import EVALUABLE, get_bias
 from codes.common.chat import Conversation
 from codes.common.cli import natural, run
 from codes.common.errors import ContrastRMError
-from codes.common.judging import read_verdict
+from codes.common.judging import (
+    MAX_UNREAD,
+    UnreadVerdicts,
+    add_unread_argument,
+    judge_max_new_tokens,
+    judge_temperature,
+    read_verdict,
+)
 from codes.common.llm import ApiError, Completion, Outcome
 from codes.common.llm_session import Api, add_llm_arguments, open_api_of
 from codes.common.questions import question_key
@@ -42,6 +49,7 @@ from codes.common.records import (
     Message,
     ReadReport,
     RefinementRecord,
+    enclose,
     file_sha256,
     messages_to_text,
     write_json,
@@ -104,17 +112,11 @@ NO_MODEL = (
 # Neutral on purpose: a judge that is told to ignore style is another judge. It ends in the word to go on from, so that
 # small models answer with a letter too.
 _PROMPT = """\
-<conversation>
 {conversation}
-</conversation>
 
-<answer letter="A">
 {first}
-</answer>
 
-<answer letter="B">
 {second}
-</answer>
 
 Which answer to the last request is better? Reply with one letter only: A or B.
 Best:"""
@@ -142,7 +144,12 @@ SCORE_FIGURES = frozenset(
 
 def build_prompt(messages: Sequence[Message], first: str, second: str) -> list[Message]:
     """Ask which of two answers is better. The order given is the order shown."""
-    text = _PROMPT.format(conversation=messages_to_text(list(messages)), first=first, second=second)
+    conversation = messages_to_text(list(messages))
+    text = _PROMPT.format(
+        conversation=enclose("conversation", conversation, among=[first, second]),
+        first=enclose("answer", first, among=[conversation, second], attributes=' letter="A"'),
+        second=enclose("answer", second, among=[conversation, first], attributes=' letter="B"'),
+    )
     return [{"role": "user", "content": text}]
 
 
@@ -153,15 +160,16 @@ class ChatJudge:
         n_failed_requests: Verdicts that are missing because the request brought no answer.
     """
 
-    def __init__(self, api: Api) -> None:
+    def __init__(self, api: Api, max_unread: int = MAX_UNREAD) -> None:
         self._api = api
+        self._unread = UnreadVerdicts(max_unread)
         self.n_failed_requests = 0
 
     def judge(self, pairs: Sequence[Answers]) -> list[PairVerdict]:
         """Judge every pair, in the caller's order.
 
         Raises:
-            FatalApiError: The run cannot go on; what was answered is in the ledger.
+            ContrastRMError: The run cannot go on; what was answered is in the ledger.
         """
         prompts = (build_prompt(first.messages, first.answer, second.answer) for first, second in pairs)
         outcomes = self._api.ask_stream(prompts, "verdicts", total=len(pairs), accept_cut_off=True)
@@ -170,8 +178,11 @@ class ChatJudge:
     def _read(self, outcome: Outcome) -> PairVerdict:
         if isinstance(outcome, ApiError):
             self.n_failed_requests += 1
-            return PairVerdict(None, str(outcome), outcome.reason)
-        return read_answer(outcome)
+            verdict = PairVerdict(None, str(outcome), outcome.reason)
+        else:
+            verdict = read_answer(outcome)
+        self._unread.see(outcome, verdict.winner is not None)
+        return verdict
 
 
 def read_answer(completion: Completion) -> PairVerdict:
@@ -543,6 +554,7 @@ def run_judge(
     *,
     results_dir: str,
     limits: Mapping[str, Any],
+    max_unread: int = MAX_UNREAD,
 ) -> int:
     """Judge everything in one stream, write the results, print the tables.
 
@@ -550,7 +562,7 @@ def run_judge(
         Requests that brought no answer.
     """
     started = time.perf_counter()
-    judge = ChatJudge(api)
+    judge = ChatJudge(api, max_unread)
     asked = [pair for task in biases for pairs in task.pairs for pair in pairs.values()]
     asked += benchmark.pairs if benchmark is not None else []
     judged = iter(judge_pairs(judge.judge, asked))
@@ -655,7 +667,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--work_dir", type=Path, default=Path("output/judge"), help="where the ledger lies")
     parser.add_argument("--seed", type=int, default=42, help="chooses the rows of a limited run")
     parser.add_argument("--max_bad_rows", type=natural, default=0, help="broken rows to leave out before stopping")
-    add_llm_arguments(parser, temperature=0.0, max_new_tokens=16)
+    add_unread_argument(parser)
+    add_llm_arguments(parser, temperature=judge_temperature(), max_new_tokens=judge_max_new_tokens())
     return parser
 
 
@@ -694,7 +707,9 @@ def main(argv: list[str] | None = None) -> int:
     }
     api = open_api_of(args, prompt_version=f"judge {PROMPT_VERSION}", no_model=NO_MODEL)
     with api.ledger:
-        n_failed = run_judge(api, biases, benchmark, results_dir=args.results_dir, limits=limits)
+        n_failed = run_judge(
+            api, biases, benchmark, results_dir=args.results_dir, limits=limits, max_unread=args.max_unread
+        )
     return api.exit_code(n_failed, where="the orders without a winner in the .jsonl files")
 
 
