@@ -124,7 +124,10 @@ run_ranks() {
     exit 0
   fi
   local status=0 told name
-  RANKS_FILE="$(mktemp)"
+  if ! RANKS_FILE="$(mktemp)"; then
+    echo "$(basename -- "$0"): no temporary file can be made in ${TMPDIR:-/tmp}: free some space, or set TMPDIR to a folder with more" >&2
+    exit 2
+  fi
   for name in TERM USR1; do
     # shellcheck disable=SC2064  # the name is meant to be expanded now
     trap "stop_ranks $name" "$name"

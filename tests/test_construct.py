@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -141,6 +142,15 @@ def test_the_similar_request_takes_the_place_of_the_last_turn() -> None:
 
 # --- the steps
 # -------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_keeps_its_own_files_beside_its_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A full or missing folder for temporary files.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    write_rows(tmp_path / "in.jsonl", sample_rows(2))
+    with ChatServer(write_well) as server:
+        assert gptout.main(flags(server, tmp_path, "in.jsonl", "out.jsonl", strategy="template")) == 0
+    assert len(read_rows(tmp_path / "out.jsonl")) == 2
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,14 @@ def test_an_encoder_is_healthy(tmp_path: Path) -> None:
     odd = {check: finding.status for check, finding in findings.items() if finding.status != PASS and check != "dtype"}
     assert odd == {"packing invariance": WARN}
     assert "not a decoder" in findings["packing invariance"].found
+
+
+def test_without_room_for_a_copy_the_doctor_goes_on(
+    healthy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    status, words = status_of(doctor.check_save, healthy)
+    assert status == WARN and "not examined" in words and "set TMPDIR" in words
 
 
 # --- one broken thing each

@@ -69,6 +69,19 @@ def test_fetched_files_are_unchanged_and_recorded(served: tuple[Path, str], tmp_
         assert entry["sha256"] == file_sha256(output / entry["file"])
 
 
+def test_fetching_needs_room_in_its_own_folder_alone(served: tuple[Path, str], tmp_path: Path) -> None:
+    folder, url = served
+    fill(folder)
+    # A full or missing folder for temporary files.
+    code = (
+        "import runpy, sys, tempfile; tempfile.tempdir = '/no/such'; runpy.run_path(sys.argv[1], run_name='__main__')"
+    )
+    script = ["data/eval/fetch_public.py", "--base_url", url, "--output_dir", tmp_path / "public"]
+    done = run_script("-c", code.replace("sys.argv[1]", "sys.argv.pop(1)"), *script)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "public").iterdir())) == len(EVALUABLE) + 1
+
+
 @pytest.mark.parametrize("damage", ["missing", "malformed"])
 def test_nothing_is_written_unless_all_ten_are_good(damage: str, served: tuple[Path, str], tmp_path: Path) -> None:
     folder, url = served

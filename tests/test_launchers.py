@@ -23,6 +23,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import launch_training
+
 REPO = Path(__file__).resolve().parent.parent
 LAUNCHERS = ("run_construction", "run_training", "run_evaluation_rm", "run_evaluation_rewardbench", "run_all")
 # The stand-in interpreter. Real Python still answers env.sh: `python -c …` and the environment check.
@@ -675,3 +677,9 @@ def test_an_absent_python_is_named(environment: dict[str, str]) -> None:
     done = launch("run_evaluation_rm", {**environment, "PYTHON": "python9.9"})
     assert done.returncode != 0
     assert "python9.9 was not found" in done.stderr
+
+
+def test_a_launcher_without_room_for_its_own_file_says_so() -> None:
+    launched = launch_training(TMPDIR="/no/such/folder", NUM_PROCESSES="2")
+    _, error = launched.communicate(timeout=60)
+    assert launched.returncode == 2 and "set TMPDIR to a folder with more" in error

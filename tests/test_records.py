@@ -671,6 +671,52 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
         cli.run(bug)
 
 
+def run_as_a_process(code: str, *arguments: str | bytes, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-c", f"from codes.common.cli import run\n{code}", *arguments]
+    return subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(REPO), **environment}, capture_output=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_the_terminal_cannot_show_is_escaped(encoding: str) -> None:
+    done = run_as_a_process("run(lambda argv: print('é [–] 🙂') or 0)", PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stderr) == (0, b"")
+    first = "é".encode(encoding, "backslashreplace")
+    assert done.stdout == first + b" [\\u2013] \\U0001f642\n"
+
+
+def test_an_argument_that_is_no_text_is_refused_before_any_work() -> None:
+    done = run_as_a_process("run(lambda argv: print('worked') or 0)", "--output_dir", b"/tmp/caf\xe9")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert (
+        done.stderr.startswith(b"error: the argument '/tmp/caf\\udce9' is no UTF-8 text")
+        and done.stderr.count(b"\n") == 1
+    )
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "def main(argv): raise OSError(28, 'No space left on device', '/tmp/x')",
+        "import tempfile\ndef main(argv):\n  tempfile._candidate_tempdir_list = lambda: ['/no/such']\n  tempfile.mkstemp()",
+    ],
+    ids=["full", "no-folder"],
+)
+def test_no_room_for_temporary_files_is_one_line(code: str) -> None:
+    done = run_as_a_process(f"{code}\nrun(main)")
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1, done.stderr
+    assert done.stderr.startswith(b"error: No ") and b"set TMPDIR" in done.stderr
+
+
+def test_every_entry_point_is_run_the_same_way() -> None:
+    files = [file for folder in ("codes", "data", "scripts") for file in (REPO / folder).rglob("*.py")]
+    scripts = [file for file in files if 'if __name__ == "__main__":' in file.read_text(encoding="utf-8")]
+    others = {file.name for file in scripts if not file.read_text(encoding="utf-8").endswith("    run(main)\n")}
+    # It looks at a Python that may lack everything that the others import.
+    assert len(scripts) > 15 and others == {"check_environment.py"}
+
+
 def test_a_long_finding_is_shortened() -> None:
     error = RecordError("f", 1, "chosen", "x" * 5000, "a text")
     assert len(str(error)) < 150 and (error.line, error.field, error.path) == (1, "chosen", "f")

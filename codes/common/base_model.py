@@ -113,7 +113,7 @@ def download_wheel(package: str, folder: Path) -> Path:
         ContrastRMError: The package registry did not give it.
     """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    done = subprocess.run([*command, "-d", str(folder), package], capture_output=True, text=True)
+    done = subprocess.run([*command, "-d", str(folder), package], capture_output=True, text=True, errors="replace")
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or not wheels:
         reason = (done.stderr.strip().splitlines() or ["pip printed nothing"])[-1]

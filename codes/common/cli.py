@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import math
 import os
 import sys
@@ -18,6 +20,7 @@ EXIT_ROWS_MISSING = 3
 # Asked to stop (SIGTERM, SIGUSR1) and stopped with everything saved: the same command goes on. EX_TEMPFAIL of sysexits.h.
 EXIT_STOPPED = 75
 EXIT_INTERRUPTED = 130
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # What launchers of several processes set for each of them.
 LAUNCH_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCH_PREFIXES = ("ACCELERATE_", "FSDP_", "PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")
@@ -26,11 +29,16 @@ LAUNCH_PREFIXES = ("ACCELERATE_", "FSDP_", "PMI_", "OMPI_COMM_WORLD_", "MV2_COMM
 def run(main: Callable[[list[str] | None], int]) -> NoReturn:
     """Run ``main`` on the command line and exit with its code.
 
-    A ``ContrastRMError`` becomes one line on stderr and exit code 2; Ctrl-C becomes 130.
+    A ``ContrastRMError`` or a full disk becomes one line on stderr and exit code 2; Ctrl-C becomes 130.
     Any other exception is a bug in this project and keeps its traceback. Of several processes of one launch only the
     first prints results.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # What a terminal's encoding cannot show is written as an escape: no result is worth less than a dash.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
+        _check_arguments(sys.argv[1:])
         forget_other_launches()
         if not is_first_process():
             sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  # until the process ends
@@ -38,10 +46,25 @@ def run(main: Callable[[list[str] | None], int]) -> NoReturn:
     except ContrastRMError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = EXIT_USER_ERROR
+    except OSError as error:
+        if error.errno not in DISK_FULL and "No usable temporary directory" not in str(error):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: {error.strerror}{where}; free some space, or set TMPDIR to a folder with more", file=sys.stderr)
+        code = EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = EXIT_INTERRUPTED
     sys.exit(code)
+
+
+def _check_arguments(arguments: list[str]) -> None:
+    """What is no text could be used, but not written down in results."""
+    for argument in arguments:
+        try:
+            argument.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ContrastRMError(f"the argument {argument!a} is no UTF-8 text; rename the file or folder") from error
 
 
 def launched_processes() -> int:

@@ -17,7 +17,14 @@ from typing import Any, TypeVar
 
 from codes.common.errors import ContrastRMError
 from codes.common.llm import Outcome, Usage
-from codes.common.records import CheckedPreferenceFile, Message, PreferenceRecord, check_preference_file
+from codes.common.records import (
+    CheckedPreferenceFile,
+    Message,
+    PreferenceRecord,
+    check_preference_file,
+    ensure_writable_folder,
+    write_row,
+)
 from codes.construct.api import Api
 from codes.construct.work_dir import write_failures
 
@@ -81,7 +88,9 @@ class FailureLog:
 
     def __init__(self, work_dir: str | Path, step: str) -> None:
         self._work_dir, self._step = Path(work_dir), step
-        self._rows = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  (closed by __exit__)
+        # On the disk where they end anyway: the usual place for temporary files may be small.
+        folder = ensure_writable_folder(work_dir)
+        self._rows = tempfile.TemporaryFile("w+", encoding="utf-8", dir=folder)  # noqa: SIM115  (closed by __exit__)
         self.reasons: Counter[str] = Counter()
         self.n_requests = 0
         self.first_message: str | None = None
@@ -103,7 +112,7 @@ class FailureLog:
         self.n_requests += "error_class" in row
         if self.first_message is None:
             self.first_message = row.get("message")
-        self._rows.write(json.dumps(row, ensure_ascii=False) + "\n")
+        write_row(self._rows, row)
 
     def commit(self) -> Path:
         """Replace the step's rows of ``failed.jsonl``; returns its path."""

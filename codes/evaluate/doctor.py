@@ -608,12 +608,20 @@ def check_save(patient: Patient) -> Finding:
     """Saved and loaded again, the model gives the same scores to the last bit."""
     check = "save and load"
     size = sum(weight.numel() * weight.element_size() for weight in patient.model.state_dict().values())
-    free = shutil.disk_usage(tempfile.gettempdir()).free
-    if free < 1.5 * size:
-        found = f"not examined: {size / 1e9:.1f} GB do not fit into {tempfile.gettempdir()}"
-        return Finding(check, WARN, found, "set TMPDIR to a folder with more space")
-    with tempfile.TemporaryDirectory() as folder:
-        saved = save_reward_model(patient.model, patient.formatter.tokenizer, Path(folder) / "model")
+    cure = "set TMPDIR to a folder with more space"
+    try:
+        scratch = tempfile.TemporaryDirectory()
+    except OSError as error:  # "no usable temporary directory" among them
+        return Finding(check, WARN, f"not examined: {error.strerror}", cure)
+    with scratch as folder:
+        if shutil.disk_usage(folder).free < 1.5 * size:
+            return Finding(
+                check, WARN, f"not examined: {size / 1e9:.1f} GB do not fit into {Path(folder).parent}", cure
+            )
+        try:
+            saved = save_reward_model(patient.model, patient.formatter.tokenizer, Path(folder) / "model")
+        except ContrastRMError as error:
+            return Finding(check, FAIL, f"no copy can be saved: {error}", cure)
         try:
             model, tokenizer = load_reward_model(
                 str(saved),

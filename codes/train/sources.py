@@ -383,8 +383,8 @@ def _json_files(source: Source) -> list[Path] | None:
 
 
 def _holds_rows(name: str) -> bool:
-    """Whether a file of a folder is data; what fetching a set has written about it (``.meta.json``) is none."""
-    return name.endswith((*DATA_SUFFIXES, ".json")) and not name.endswith(".meta.json")
+    """Whether a file of a folder is data; what fetching a set has written about it is none."""
+    return name.endswith((*DATA_SUFFIXES, ".json")) and not name.endswith((".meta.json", ".source.json"))
 
 
 def _format_of(file: Path) -> str:

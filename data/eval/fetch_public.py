@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     output_dir = ensure_writable_folder(args.output_dir)
     base_url = args.base_url.rstrip("/")
     texts = {}
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".fetch-") as scratch:
         files = []
         for name in EVALUABLE:
             file = eval_file_name(name)

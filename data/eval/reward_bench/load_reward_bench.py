@@ -21,7 +21,14 @@ from typing import Any
 
 from codes.common.cli import run
 from codes.common.errors import ContrastRMError, RecordError
-from codes.common.records import file_sha256, iter_rows, read_reward_bench_file, write_json, write_jsonl
+from codes.common.records import (
+    ensure_writable_folder,
+    file_sha256,
+    iter_rows,
+    read_reward_bench_file,
+    write_json,
+    write_jsonl,
+)
 from codes.evaluate.formats import FORMATS, REWARD_BENCH, read_benchmark
 from codes.evaluate.reward_bench_table import DATASET_ID, DATASET_SPLIT, SUBSET_BY_NAME, SUBSETS
 
@@ -146,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         loaded, commit = load_from_hub(dataset_id, split, args.revision or "main")
     rows = to_rows(args.dataset, loaded)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=ensure_writable_folder(output_file.parent), prefix=".fetch-") as folder:
         # Under the name that it will have: error messages name rows of it.
         unchecked = Path(folder) / output_file.name
         write_jsonl(unchecked, rows)
