@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codes.common.chat import ChatFormatter
+from codes.common.chat import ChatFormatter, Conversation
 from codes.common.errors import ContrastRMError
 from codes.common.packing import shared_tokens
 from codes.common.records import read_preference_file
@@ -74,6 +74,24 @@ def test_the_cache_holds_what_memory_holds(
     if max_length is None and negatives == "all":
         assert (counts.n_with_margin, counts.n_margins) == (2, 2)
         assert cache.array("raw_lengths").sum() == report.n_tokens
+
+
+def test_bias_and_margin_stay_with_their_answer_when_another_one_is_too_long(
+    write_rows: WriteRows, tmp_path: Path
+) -> None:
+    answers = ["too " * 60, "the cat", "it is " * 60, "Paris"]
+    row = {"question": "why?", "chosen": "so", "rejected": answers, "margin": [1.0, 2.0, 3.0, 4.0]}
+    path = write_rows("a.jsonl", [row | {"bias_type": [None, "length", "beauty", "authority"]}])
+    [group] = load(path, tmp_path / "cache", max_length=60)
+    short = ChatFormatter(chatml_tokenizer()).encode(
+        [Conversation([{"role": "user", "content": "why?"}], answer) for answer in ("the cat", "Paris", "so")]
+    )
+    assert group.texts == tuple(short)
+    assert (group.bias_types, group.margins) == (("length", "authority"), (2.0, 4.0))
+    # The same where other answers were not wanted.
+    row |= {"rejected": answers[::-1], "bias_type": ["authority", None, None, "beauty"]}
+    cache = load(write_rows("b.jsonl", [row]), tmp_path / "cache", max_length=60, negatives="original")
+    assert [(one.texts, one.bias_types, one.margins) for one in cache] == [((short[0], short[2]), (None,), (3.0,))]
 
 
 def test_an_encoders_segments_are_kept(write_rows: WriteRows, many_rows: list[dict[str, Any]], tmp_path: Path) -> None:
@@ -354,6 +372,24 @@ def test_a_sample_follows_from_seed_epoch_and_record_alone(
         assert places == sorted(places) and places[-1] == 6 and len(places) == 3
     assert drawn(forward, max_rejected=2).epoch_counts()["n_not_drawn"] == 40
     assert seen(drawn(forward, max_rejected=6)) == [full, full]
+
+
+def test_a_record_that_an_epoch_sees_again_brings_other_negatives(
+    write_rows: WriteRows, preference_rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    rows = [row | {"rejected": [f"{row['id']} {k}" for k in range(9)], "bias_type": None} for row in preference_rows]
+    sources = f"{write_rows('often.jsonl', rows[:3])}:9,{write_rows('rest.jsonl', rows[3:])}:1"
+    cache = load_training_groups(
+        parse_sources(sources), ChatFormatter(chatml_tokenizer()), cache_dir=tmp_path / "cache"
+    )
+    draws = drawn(cache, [9.0, 1.0], epochs=1, max_rejected=2)
+    samples: dict[str, list[Any]] = {}
+    for group in draws:
+        samples.setdefault(group.record_id, []).append(group.texts[:-1])
+    often = [samples[row["id"]] for row in rows[:3]]
+    assert [len(found) for found in often] == [3, 3, 3]
+    # Of 36 pairs of answers each: that all three draws are the same is a chance of one in 1,300, three times over.
+    assert all(len(set(found)) > 1 for found in often)
 
 
 @settings(max_examples=50, deadline=None)

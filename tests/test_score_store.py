@@ -9,6 +9,7 @@ import sqlite3
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from codes.common import score_store
-from codes.common.chat import ChatFormatter, Conversation
+from codes.common.chat import ChatFormatter, Conversation, EncodedText
 from codes.common.errors import ContrastRMError
 from codes.common.score_store import ScoreStore
 from codes.common.scoring import Scorer, count_tied, text_bytes
@@ -80,6 +81,18 @@ def test_a_batch_is_stored_whole_or_not_at_all(tmp_path: Path) -> None:
     assert store.look_up([first, second]) == {}
 
 
+def test_an_error_in_the_middle_of_a_batch_leaves_nothing_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "s.sqlite"
+    store = ScoreStore(path, {})
+    first, second, third = keys_of(store, 3)
+    refusing = "CREATE TRIGGER refuse BEFORE INSERT ON scores WHEN NEW.score > 100 BEGIN SELECT RAISE(ABORT, 'no'); END"
+    with sqlite3.connect(path) as connection:
+        connection.execute(refusing)
+    with pytest.raises(ContrastRMError):
+        store.add({first: 1.0, second: 200.0, third: 2.0})
+    assert len(store) == 0 and store.add({first: 3.0}) == {first: 3.0}
+
+
 # --- files that are no good store
 
 
@@ -117,6 +130,16 @@ def test_a_changed_digit_of_a_score_is_noticed(tmp_path: Path) -> None:
     assert len(store.look_up(keys[:3])) == 3
     with pytest.raises(ContrastRMError, match=r"damaged \(a score does not agree.*delete it: it is filled again"):
         store.look_up(keys)
+
+
+def test_a_damaged_page_is_noticed_before_anything_is_read_or_written(tmp_path: Path) -> None:
+    path = tmp_path / "s.sqlite"
+    filled(path)
+    content = bytearray(path.read_bytes())
+    content[-8192:-4096] = bytes(4096)
+    path.write_bytes(content)
+    with pytest.raises(ContrastRMError, match=r"s\.sqlite is damaged .*; delete it"):
+        ScoreStore(path, {"weights": "a"})
 
 
 @pytest.mark.parametrize("size", [100, 5000, -1, -3000])
@@ -228,6 +251,17 @@ def test_processes_that_make_and_fill_one_store_agree(tmp_path: Path) -> None:
         assert found[key] in {float32(number + text / 1000) for number in range(4)}
 
 
+def test_a_file_that_another_process_is_making_is_waited_for(tmp_path: Path) -> None:
+    maker = sqlite3.connect(tmp_path / "s.sqlite", isolation_level=None, check_same_thread=False)
+    # SQLite refuses to change the kind of journal at once then, however long it was told to wait.
+    maker.execute("BEGIN IMMEDIATE")
+    release = threading.Timer(0.3, maker.execute, ["ROLLBACK"])
+    release.start()
+    store = ScoreStore(tmp_path / "s.sqlite", {})
+    release.join()
+    assert store.add({store.key(b"x"): 1.0})
+
+
 def test_a_store_that_somebody_holds_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(score_store, "BUSY_SECONDS", 0.2)
     store = ScoreStore(tmp_path / "s.sqlite", {})
@@ -284,6 +318,49 @@ def test_a_text_has_one_score_in_all_evaluations(tiny_llama_dir: Path, tmp_path:
     second = make_scorer(tiny_llama_dir, tmp_path / "s.sqlite").score(other_company)
     assert second.n_from_store == 5
     assert second.scores[[0, -4, -3, -2, -1]].tobytes() == first.scores[[3, 5, 6, 7, 8]].tobytes()
+
+
+def test_a_score_that_another_process_stored_meanwhile_is_the_score(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    scorer = make_scorer(tiny_llama_dir, tmp_path / "s.sqlite")
+    assert scorer.store is not None
+    keys = [scorer.store.key(text_bytes(text)) for text in scorer.formatter.encode(TEXTS)]
+    other = ScoreStore(tmp_path / "s.sqlite", {"weights": loaded_weights_hash(scorer.model)})
+
+    def store_first(*_: object) -> None:
+        if len(other) == 0:
+            # Another machine, another rounding.
+            other.add({key: 1.0 + number * 1e-3 for number, key in enumerate(keys)})
+
+    scorer.model.register_forward_pre_hook(store_first)
+    first = scorer.score(TEXTS)
+    assert first.n_from_store == 0
+    assert first.scores.tobytes() == np.array([1.0 + number * 1e-3 for number in range(len(TEXTS))], "f4").tobytes()
+    assert make_scorer(tiny_llama_dir, tmp_path / "s.sqlite").score(TEXTS).scores.tobytes() == first.scores.tobytes()
+
+
+def test_the_same_ids_in_other_segments_are_another_text() -> None:
+    ids = (5, 6, 7)
+    texts = [EncodedText(ids), EncodedText(ids, (0, 0, 0)), EncodedText(ids, (0, 0, 1)), EncodedText((*ids, 0, 0, 0))]
+    assert len({text_bytes(text) for text in texts}) == 4
+    # What was cut away is not seen by the model.
+    assert text_bytes(EncodedText(ids, n_cut=3)) == text_bytes(EncodedText(ids))
+
+
+@pytest.mark.parametrize(("dtype", "is_rounding"), [("float32", False), ("bfloat16", True)])
+@pytest.mark.parametrize("place", ["shortest", "longest"])
+def test_the_check_of_some_texts_alone_knows_the_dtype_and_looks_at_all_lengths(
+    place: str, dtype: str, is_rounding: bool, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    model, tokenizer = load_reward_model(str(tiny_llama_dir), dtype=dtype)
+    scorer = Scorer(model, ChatFormatter(tokenizer), progress=False, checked_texts=3)
+    texts = list(dict.fromkeys(scorer.formatter.encode(TEXTS)))
+    scores = scorer.score_texts(texts).scores.tolist()
+    lengths = [len(text.input_ids) for text in texts]
+    longest = max(lengths) if place == "longest" else min(lengths)
+    assert scorer.check_alone(texts, scores).is_rounding
+    # A tenth of a standard deviation off: bfloat16 can do that, float32 cannot.
+    off = [score + 0.1 * np.std(scores) * (length == longest) for score, length in zip(scores, lengths, strict=True)]
+    assert scorer.check_alone(texts, off).is_rounding == is_rounding
 
 
 def test_dropped_and_repeated_texts(tiny_llama_dir: Path, tmp_path: Path) -> None:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import numpy as np
@@ -28,7 +34,7 @@ from codes.common.errors import ContrastRMError
 from codes.common.rope import RopeLimit
 from codes.common.scoring import Scorer, collate_texts, plan_batches
 from codes.train.reward_model import RewardModel, load_reward_model
-from tests.conftest import chatml_tokenizer, llama_tokenizer, qwen_tokenizer, spread, tiny_config
+from tests.conftest import REPO_ROOT, chatml_tokenizer, llama_tokenizer, qwen_tokenizer, spread, tiny_config
 from tests.test_chat import encoder_tokenizer
 
 QUESTIONS = ["why is the cat on the mat", "is 2 + 2 = 4", "why"]
@@ -200,6 +206,52 @@ def test_config_and_tokenizer_that_disagree_on_the_pad_id(tiny_qwen_dir: Path) -
     lone = Scorer(model, formatter, max_tokens_per_batch=1, progress=False).score(CONVERSATIONS).scores
     np.testing.assert_allclose(batched, lone, atol=1e-5, rtol=0)
     assert len(set(lone.tolist())) == len(CONVERSATIONS)
+
+
+TWO_RANKS = """
+import json, sys
+import torch
+from accelerate import Accelerator
+from codes.common.chat import ChatFormatter, Conversation
+from codes.common.scoring import Scorer
+from codes.train.reward_model import load_reward_model
+folder, meeting, rank = sys.argv[1:]
+torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=2)
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2
+model, tokenizer = load_reward_model(folder)
+conversations = [Conversation([{"role": "user", "content": q}], a) for q, a in json.load(sys.stdin)]
+scorer = Scorer(accelerator.prepare(model), ChatFormatter(tokenizer), max_tokens_per_batch=1, packing="off",
+                progress=False, accelerator=accelerator)
+result = scorer.score(conversations)
+print(json.dumps([result.scores.tolist(), result.n_computed_tokens]))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_ranks_of_a_training_share_an_odd_number_of_batches(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_reward_model(str(tiny_llama_dir))
+    odd = CONVERSATIONS[: len(CONVERSATIONS) - 1 + len(CONVERSATIONS) % 2]
+    scorer = Scorer(model, ChatFormatter(tokenizer), max_tokens_per_batch=1, packing="off", progress=False)
+    alone = scorer.score(odd)
+    # One text a batch.
+    assert alone.n_distinct == len(odd) and alone.n_distinct % 2 == 1 and alone.n_computed_tokens == alone.n_tokens
+    variables = {"PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2"}
+    variables |= {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    texts = json.dumps([[one.messages[0]["content"], one.answer] for one in odd])
+    ranks = []
+    for rank in "01":
+        command = [sys.executable, "-c", TWO_RANKS, str(tiny_llama_dir), str(tmp_path / "meeting"), rank]
+        environment = {**os.environ, **variables, "RANK": rank, "LOCAL_RANK": rank}
+        ranks.append(subprocess.Popen(command, env=environment, stdin=PIPE, stdout=PIPE, text=True))
+    # Both at once: they wait for each other.
+    with ThreadPoolExecutor() as pool:
+        printed = list(pool.map(lambda rank: rank.communicate(texts, timeout=120)[0], ranks))
+    for rank, output in zip(ranks, printed, strict=True):
+        assert rank.returncode == 0
+        scores, n_computed = json.loads(output.splitlines()[-1])
+        assert n_computed == alone.n_computed_tokens
+        np.testing.assert_allclose(scores, alone.scores, atol=1e-5, rtol=0)
 
 
 # --- what does not fit, what is not finite
