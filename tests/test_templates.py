@@ -291,3 +291,207 @@ def test_a_model_that_counts_positions_behind_the_padding_takes_two_tokens_less(
     out = trained(folder, write_rows("long.jsonl", rows), tmp_path / "out", "--overlength", "left", "--packing", "off")
     assert json.loads((out / "train_summary.json").read_text())["max_length"] == 160
     assert {one.status for one in doctor.examine(str(folder), device="cpu")} <= {doctor.PASS, doctor.WARN}
+
+
+# --- rows that the template refuses
+
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+)
+FAILS = "{% for m in messages %}{% if m['content'] == 'boom' %}{{ 1 + m['content'] }}{% endif %}{% endfor %}" + CHATML
+ALTERNATE = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}" + CHATML
+)
+CURES = [
+    (
+        NO_SYSTEM,
+        {"system": "be brief", "question": "why"},
+        "System role not supported; drop the system turn, put its text",
+    ),
+    (FAILS, {"question": "boom"}, "TypeError: .*; mend the template"),
+    (
+        ALTERNATE,
+        {"messages": [{"role": "user", "content": "why"}, {"role": "user", "content": "red"}]},
+        "roles must alternate; let user and assistant take turns",
+    ),
+]
+
+
+@pytest.mark.parametrize("held_out", ["0", "0.5"])
+@pytest.mark.parametrize(("template", "prompt", "words"), CURES)
+def test_a_row_that_the_template_refuses_is_a_bad_row_of_training(
+    template: str, prompt: dict[str, Any], words: str, held_out: str, tiny_base_dir: Path, write_rows: WriteRows,
+    preference_rows: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    refused = {**prompt, "chosen": "because", "rejected": ["red", "cat"]}
+    data = write_rows("a.jsonl", [*preference_rows[:3], refused, *preference_rows[3:], {"question": "no answers"}])
+    (tmp_path / "own.jinja").write_text(template)
+    options = ["--chat_template", str(tmp_path / "own.jinja"), "--held_out_share", held_out]
+    for extra in ([], ["--estimate", "1"]):
+        with pytest.raises(
+            ContrastRMError, match=rf"a\.jsonl:(4: the chat template refuses turns .*{words}|11: field).*--max_bad_rows"
+        ):
+            trained(tiny_base_dir, data, tmp_path / "out", *options, "--max_bad_rows", "1", *extra)
+    out = trained(tiny_base_dir, data, tmp_path / "out", *options, "--max_bad_rows", "2")
+    assert "bad row left out: " in (printed := capsys.readouterr().out) and "a.jsonl:4: the chat template" in printed
+    summary = json.loads((out / "train_summary.json").read_text())
+    [source] = summary["sources"]
+    assert summary["n_bad_rows"] == 2
+    assert source["n_rows"] == 12 == 2 + source["n_aside"] + source["n_records"]
+
+
+def test_a_held_out_row_that_the_template_refuses_is_a_bad_row(
+    tiny_base_dir: Path, train_file: Path, write_rows: WriteRows, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.jinja").write_text(FAILS)
+    rows = [{"question": q, "chosen": "because", "rejected": ["red"]} for q in ("of France", "boom", "of Paris")]
+    given = ["--chat_template", str(tmp_path / "own.jinja"), "--eval_file", str(write_rows("eval.jsonl", rows))]
+    given += ["--held_out_share", "auto"]
+    with pytest.raises(ContrastRMError, match=r"eval\.jsonl:2: the chat template refuses .*--max_bad_rows"):
+        trained(tiny_base_dir, train_file, tmp_path / "out", *given)
+    trained(tiny_base_dir, train_file, tmp_path / "out", *given, "--max_bad_rows", "1")
+    printed = capsys.readouterr().out
+    assert "eval.jsonl:2: the chat template" in printed and "held out: 2 groups" in printed
+
+
+def bias_row(question: str, *texts: str) -> dict[str, str]:
+    names = ("original_response1", "original_response2", "rewritten_response1", "rewritten_response2")
+    return {"question": question, "label": "response1", **dict(zip(names, texts, strict=True))}
+
+
+def test_a_row_that_the_template_refuses_is_a_bad_row_of_an_evaluation(
+    tiny_llama_dir: Path, write_rows: WriteRows, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.jinja").write_text(FAILS)
+    common = ["--model_path", str(tiny_llama_dir), "--results_dir", str(tmp_path / "results"), "--device", "cpu"]
+    common += ["--chat_template", str(tmp_path / "own.jinja")]
+    bias = [bias_row(question, "4", "red", "4 because", "red cat") for question in ("why", "boom", "of")]
+    write_rows("length_bias.jsonl", bias)
+    bench = [
+        {"id": n, "prompt": p, "chosen": "4", "rejected": "red", "subset": "alpacaeval-easy"}
+        for n, p in enumerate(("why", "boom", "of"))
+    ]
+    second = [
+        {"id": n, "prompt": p, "chosen": ["4"], "rejected": ["red"], "subset": "Focus"}
+        for n, p in enumerate(("why", "boom"))
+    ]
+    for main, options, results in (
+        (eval_rm.main, ["--data_dir", str(tmp_path), "--bias_type", "length"], "bias_summary.json"),
+        (eval_reward_bench.main, ["--data_file", str(write_rows("bench.jsonl", bench))], "reward_bench_summary.json"),
+        (
+            eval_reward_bench.main,
+            ["--data_file", str(write_rows("two.jsonl", second)), "--format", "reward_bench_2"],
+            "reward_bench_2_summary.json",
+        ),
+    ):
+        with pytest.raises(
+            ContrastRMError, match=r"jsonl:2: the chat template refuses turns .*TypeError.*--max_bad_rows"
+        ):
+            main([*common, *options])
+        assert main([*common, *options, "--max_bad_rows", "1"]) == 0
+        assert "jsonl:2: the chat template refuses" in capsys.readouterr().out
+        metadata = json.loads((tmp_path / "results" / tiny_llama_dir.name / results).read_text())["metadata"]
+        assert len(metadata["refused_rows"]) == 1 and metadata["n_dropped_texts"] == 0
+
+
+# --- answers that become one
+
+# As templates of reasoning models do it.
+NO_THINKING = CHATML.replace("m['content']", "(m['content'].split('</think>') | last)")
+
+
+def test_answers_that_become_one_are_left_out_of_training_and_counted(
+    tiny_base_dir: Path, write_rows: WriteRows, preference_rows: list[dict[str, Any]], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "own.jinja").write_text(NO_THINKING)
+    both = {"question": "q", "chosen": "<think>a</think>4", "rejected": ["<think>b</think>4"]}
+    one = {
+        "question": "r",
+        "chosen": "<think>a</think>4",
+        "rejected": ["4", "5", "6"],
+        "bias_type": ["length", None, "beauty"],
+    }
+    data = write_rows("a.jsonl", [*preference_rows, both, one])
+    out = trained(tiny_base_dir, data, tmp_path / "out", "--chat_template", str(tmp_path / "own.jinja"))
+    report = json.loads((out / "train_summary.json").read_text())["data"]
+    assert (report["n_equal_groups"], report["n_equal_texts"]) == (1, 2)
+    assert report["n_records"] == 12 == report["n_groups"] + 1
+    assert report["n_texts"] == sum(1 + len(row["rejected"]) for row in preference_rows) + 3
+    assert "1 groups and 2 rejected answers that are the chosen one" in capsys.readouterr().out
+    # The names of the answers that stay are theirs.
+    biases = json.loads((out / "train_summary.json").read_text())["rejected_per_bias"]
+    expected = [bias or "original" for row in preference_rows for bias in row["bias_type"]] + ["original", "beauty"]
+    assert biases == {name: expected.count(name) for name in sorted(set(expected))}
+    with pytest.raises(
+        ContrastRMError, match="no training group is left of 1 records .*1 whose rejected answers are the chosen"
+    ):
+        trained(
+            tiny_base_dir, write_rows("b.jsonl", [both]), tmp_path / "b", "--chat_template", str(tmp_path / "own.jinja")
+        )
+
+
+def test_a_cut_that_makes_answers_one_leaves_them_out(
+    tiny_base_dir: Path, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    rows = [{"question": "q", "chosen": "red " * 60 + "cat", "rejected": ["red " * 60 + "mat", "red"]}]
+    rows.append({"question": "r", "chosen": "cat", "rejected": ["mat"]})
+    limits = ["--max_length", "30", "--overlength", "keep_end"]
+    out = trained(tiny_base_dir, write_rows("a.jsonl", rows), tmp_path / "out", *limits)
+    report = json.loads((out / "train_summary.json").read_text())["data"]
+    assert (report["n_groups"], report["n_equal_groups"], report["n_equal_texts"], report["n_texts"]) == (2, 0, 1, 4)
+
+
+def test_held_out_answers_that_become_one_are_no_comparison(
+    tiny_base_dir: Path, train_file: Path, write_rows: WriteRows, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.jinja").write_text(NO_THINKING)
+    rows = [
+        {"question": "of France", "chosen": "<think>a</think>4", "rejected": ["4"]},
+        {"question": "of Paris", "chosen": "4", "rejected": ["5", "<think>b</think>4"], "bias_type": [None, "length"]},
+    ]
+    given = ["--chat_template", str(tmp_path / "own.jinja"), "--eval_file", str(write_rows("eval.jsonl", rows))]
+    trained(tiny_base_dir, train_file, tmp_path / "out", *given, "--held_out_share", "auto")
+    printed = capsys.readouterr().out
+    assert "held out: 1 groups; 0 pairs" in printed and "(2 rejected answers are the chosen one" in printed
+
+
+def test_answers_that_become_one_are_named_in_evaluations(
+    tiny_llama_dir: Path, write_rows: WriteRows, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.jinja").write_text(NO_THINKING)
+    common = ["--model_path", str(tiny_llama_dir), "--results_dir", str(tmp_path / "results"), "--device", "cpu"]
+    common += ["--chat_template", str(tmp_path / "own.jinja")]
+    same = ("<think>a</think>4", "4")
+    write_rows(
+        "length_bias.jsonl", [bias_row("why", "4", "red", "4 b", "red b"), bias_row("of", *same, "4 b", "red b")]
+    )
+    bench = [
+        {"id": n, "prompt": "why", "chosen": chosen, "rejected": rejected, "subset": "alpacaeval-easy"}
+        for n, (chosen, rejected) in enumerate([("4", "red"), same, ("4", "4")])
+    ]
+    two = [{"id": 1, "prompt": "why", "chosen": ["4"], "rejected": ["red", same[0]], "subset": "Focus"}]
+    results = tmp_path / "results" / tiny_llama_dir.name
+    for main, options, name, line in (
+        (eval_rm.main, ["--data_dir", str(tmp_path), "--bias_type", "length"], "bias_summary.json", 2),
+        (
+            eval_reward_bench.main,
+            ["--data_file", str(write_rows("bench.jsonl", bench))],
+            "reward_bench_summary.json",
+            2,
+        ),
+        (
+            eval_reward_bench.main,
+            ["--data_file", str(write_rows("two.jsonl", two)), "--format", "reward_bench_2"],
+            "reward_bench_2_summary.json",
+            1,
+        ),
+    ):
+        assert main([*common, *options]) == 0
+        assert "1 rows compare answers that are the same to the model" in capsys.readouterr().out
+        [place] = json.loads((results / name).read_text())["metadata"]["equal_rows"]
+        assert place.endswith(f"jsonl:{line}")
+    # They are ties, and stay in the denominator.
+    summary = json.loads((results / "bias_summary.json").read_text())["biases"]["length"]
+    assert summary["original_pair_accuracy_total"] == 2

@@ -100,6 +100,7 @@ class PreferenceRecord:
             nothing. Empty where no answer of the row has one.
         extra: Every other key of the row; kept and written back.
         chosen_variants: The chosen answer with cues added.
+        place: File and line that it was read from; empty where it was not.
     """
 
     id: str
@@ -113,6 +114,7 @@ class PreferenceRecord:
     extra: dict[str, Any] = field(default_factory=dict)
     margins: list[float | None] = field(default_factory=list)
     chosen_variants: list[ChosenVariant] = field(default_factory=list)
+    place: str = field(default="", compare=False)
 
     @property
     def question(self) -> str:
@@ -423,13 +425,14 @@ def read_rows(
         except RecordError as error:
             bad.append(str(error))
             if len(bad) > max_bad_rows:
-                raise _too_many_bad(error, len(bad), max_bad_rows) from error
+                raise too_many_bad(error, len(bad), max_bad_rows) from error
     if not rows:
         raise ContrastRMError(f"{path}: no usable row ({len(bad)} bad); give a file with at least one good record")
     return rows, ReadReport(str(path), len(rows) + len(bad), len(rows), bad)
 
 
-def _too_many_bad(error: RecordError, n_bad: int, max_bad_rows: int) -> ContrastRMError:
+def too_many_bad(error: RecordError | str, n_bad: int, max_bad_rows: int) -> ContrastRMError:
+    """What stops a run at the row that is one too many."""
     if max_bad_rows == 0:
         return ContrastRMError(f"{error} (mend the row, or allow bad rows with --max_bad_rows N)")
     return ContrastRMError(f"{error} (bad row number {n_bad}; --max_bad_rows allows {max_bad_rows})")
@@ -592,6 +595,7 @@ def parse_preference_row(
         extra=extra,
         margins=_margins(path, line, row, len(rejected)),
         chosen_variants=_chosen_variants(path, line, row, chosen, rejected),
+        place=f"{path}:{line}",
     )
     record.id = _content_id(record) if row.get("id") is None else id_field(path, line, row, "id")
     return record
@@ -834,7 +838,7 @@ def check_preference_file(
             bad.append(str(error))
             bad_lines.add(line_number)
             if len(bad) > max_bad_rows:
-                raise _too_many_bad(error, len(bad), max_bad_rows) from error
+                raise too_many_bad(error, len(bad), max_bad_rows) from error
             continue
         seen.add(digest)
         if see is not None:

@@ -82,6 +82,10 @@ class ScoreResult:
         n_from_store: Distinct texts whose score was in the score store already; None without a store.
         n_tied_texts: Distinct texts that have their score in common with another one, to the last bit.
         invariance: Some texts scored again alone, where the scorer was told to.
+        seen_as: For every text the number of what the model saw of it: texts that it cannot tell apart share one. -1: dropped.
+            None where the scorer does not know.
+        refused: Rows without scores because a text of theirs cannot be rendered, each with its place and the cure.
+        equal_rows: Places of rows that compare two texts which the model cannot tell apart: they are ties.
     """
 
     scores: np.ndarray
@@ -96,6 +100,9 @@ class ScoreResult:
     n_from_store: int | None = None
     n_tied_texts: int = 0
     invariance: Invariance | None = None
+    seen_as: tuple[int, ...] | None = None
+    refused: tuple[str, ...] = ()
+    equal_rows: tuple[str, ...] = ()
 
 
 def default_token_budget(device: torch.device) -> int:
@@ -257,6 +264,7 @@ class Scorer:
         values = dict(zip(distinct, found, strict=True))
         scores = np.array([values.get(text, np.nan) for text in encoded], dtype=np.float32)
         kept = [text for text in encoded if not text.dropped]
+        numbers = {text: number for number, text in enumerate(distinct)}
         return ScoreResult(
             scores=scores,
             n_texts=len(encoded),
@@ -270,6 +278,7 @@ class Scorer:
             n_from_store=n_from_store if self.store is not None else None,
             n_tied_texts=count_tied(found),
             invariance=self.check_alone(distinct, found) if self.checked_texts and distinct else None,
+            seen_as=tuple(numbers.get(text, -1) for text in encoded),
         )
 
     def check_alone(self, texts: Sequence[EncodedText], scores: Sequence[float]) -> Invariance:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,14 @@ from codes.evaluate.report import (
 )
 from codes.evaluate.reward_bench_table import DATASET_ID, SECTIONS, SUBSET_BY_NAME
 from codes.evaluate.scorer_setup import (
+    ScoredRow,
     add_model_arguments,
     choose_subset,
     json_score,
     load_scorer,
     model_results_folder,
     result_metadata,
+    score_rows,
     scorer_options,
     scoring_notes,
 )
@@ -112,11 +115,20 @@ def _question(record: RewardBenchRecord) -> str:
     return messages_to_text(record.messages)
 
 
-def evaluate(scorer: TextScorer, records: Sequence[RewardBenchRecord]) -> tuple[list[RewardBenchOutcome], ScoreResult]:
-    """Score chosen and rejected of every row in one call."""
-    pairs = [(Conversation(r.messages, r.chosen), Conversation(r.messages, r.rejected)) for r in records]
-    result = scorer.score([text for pair in pairs for text in pair], "scoring")
-    scores = result.scores.reshape(-1, 2).tolist()
+def evaluate(
+    scorer: TextScorer,
+    records: Sequence[RewardBenchRecord],
+    reports: Sequence[ReadReport] = (),
+    *,
+    max_bad_rows: int = 0,
+) -> tuple[list[RewardBenchOutcome], ScoreResult]:
+    """Score chosen and rejected of every row in one call; the rest as for ``score_rows``."""
+    file = reports[0].path if reports else ""
+    rows = [
+        ScoredRow(file, r.line, [Conversation(r.messages, answer) for answer in (r.chosen, r.rejected)], [(0, 1)])
+        for r in records
+    ]
+    scores, result = score_rows(scorer, rows, reports, max_bad_rows)
     outcomes = [
         RewardBenchOutcome(record.id, record.subset, _question(record), chosen, rejected, record.line)
         for record, (chosen, rejected) in zip(records, scores, strict=True)
@@ -221,16 +233,22 @@ def read_items(
     return sorted(chosen, key=lambda item: place[id(item)]), reports
 
 
-def evaluate_items(scorer: TextScorer, items: Sequence[BenchmarkItem]) -> tuple[list[ItemOutcome], ScoreResult]:
-    """Score every answer of every item in one call."""
-    texts = [Conversation(item.messages, answer) for item in items for answer in (*item.chosen, *item.rejected)]
-    result = scorer.score(texts, "scoring")
-    scores = iter(result.scores.tolist())
+def evaluate_items(
+    scorer: TextScorer, items: Sequence[BenchmarkItem], reports: Sequence[ReadReport] = (), *, max_bad_rows: int = 0
+) -> tuple[list[ItemOutcome], ScoreResult]:
+    """Score every answer of every item in one call; the rest as for ``score_rows``."""
+    scores, result = score_rows(scorer, [_row_of(item) for item in items], reports, max_bad_rows)
     outcomes = [
-        ItemOutcome(item, tuple(next(scores) for _ in item.chosen), tuple(next(scores) for _ in item.rejected))
-        for item in items
+        ItemOutcome(item, tuple(found[: len(item.chosen)]), tuple(found[len(item.chosen) :]))
+        for item, found in zip(items, scores, strict=True)
     ]
     return outcomes, result
+
+
+def _row_of(item: BenchmarkItem) -> ScoredRow:
+    answers = (*item.chosen, *item.rejected)
+    compared = list(product(range(len(item.chosen)), range(len(item.chosen), len(answers))))
+    return ScoredRow(item.file, item.line, [Conversation(item.messages, answer) for answer in answers], compared)
 
 
 def item_row(outcome: ItemOutcome) -> dict[str, Any]:
@@ -339,12 +357,12 @@ def main(argv: list[str] | None = None) -> int:
     loaded = load_scorer(**scorer_options(args))
     folder = model_results_folder(args.results_dir, loaded.model_path, loaded.weight_hash)
     if format_name == REWARD_BENCH:
-        outcomes, result = evaluate(loaded.scorer, records)
+        outcomes, result = evaluate(loaded.scorer, records, reports, max_bad_rows=args.max_bad_rows)
         figures, rows = summarise_reward_bench(outcomes), [outcome_row(outcome) for outcome in outcomes]
         label = label_of(source, figures["complete"])
     else:
         some = FORMATS[format_name]
-        item_outcomes, result = evaluate_items(loaded.scorer, items)
+        item_outcomes, result = evaluate_items(loaded.scorer, items, reports, max_bad_rows=args.max_bad_rows)
         figures = summarise_benchmark(format_name, item_outcomes)
         rows = [item_row(outcome) for outcome in item_outcomes]
         label = label_of(source, figures["complete"], some.title, some.dataset_id)

@@ -59,12 +59,14 @@ from codes.evaluate.report import (
     write_report,
 )
 from codes.evaluate.scorer_setup import (
+    ScoredRow,
     add_model_arguments,
     choose_subset,
     json_score,
     load_scorer,
     model_results_folder,
     result_metadata,
+    score_rows,
     scorer_options,
     scoring_notes,
 )
@@ -191,29 +193,33 @@ def _default_placebo(record: BiasRecord) -> tuple[str, str]:
     return better, other
 
 
-def evaluate(scorer: TextScorer, data: Sequence[BiasData]) -> tuple[dict[str, list[Outcome]], ScoreResult]:
+def evaluate(
+    scorer: TextScorer, data: Sequence[BiasData], *, max_bad_rows: int = 0
+) -> tuple[dict[str, list[Outcome]], ScoreResult]:
     """Score all texts of all biases in one call (the scorer meets a text that stands in many rows only once).
+
+    Args:
+        max_bad_rows: Rows of a file, those that were bad when it was read included, that the scorer may refuse.
 
     Returns:
         The outcomes by bias, in the order of the rows, and what the scoring took.
     """
-    texts = [_conversations_of(some) for some in data]
-    result = scorer.score([text for rows in texts for row in rows for text in row], "scoring")
-    scores = iter(result.scores.tolist())
-    outcomes = {
-        some.bias.name: [
-            _outcome(record, some.bias, [next(scores) for _ in row])
-            for record, row in zip(some.records, rows, strict=True)
-        ]
-        for some, rows in zip(data, texts, strict=True)
-    }
+    rows = [row for some in data for row in _rows_of(some)]
+    scores, result = score_rows(scorer, rows, [some.report for some in data], max_bad_rows)
+    found = iter(scores)
+    outcomes = {some.bias.name: [_outcome(record, some.bias, next(found)) for record in some.records] for some in data}
     return outcomes, result
 
 
-def _conversations_of(data: BiasData) -> list[list[Conversation]]:
+def _rows_of(data: BiasData) -> list[ScoredRow]:
     """The conversations of each row: three for a refinement; else four, and two more where there is a placebo."""
     placebos = data.placebos or [None] * len(data.records)
-    return [_conversations(record, placebo) for record, placebo in zip(data.records, placebos, strict=True)]
+    rows = []
+    for record, placebo in zip(data.records, placebos, strict=True):
+        texts = _conversations(record, placebo)
+        compared = [(0, 1), (0, 2)] if len(texts) == 3 else [(at, at + 1) for at in range(0, len(texts), 2)]
+        rows.append(ScoredRow(data.report.path, record.line, texts, compared))
+    return rows
 
 
 def _conversations(record: Record, placebo: tuple[str, str] | None) -> list[Conversation]:
@@ -500,7 +506,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{some.bias.name}: {chosen}{bad} ({some.report.path})")
     loaded = load_scorer(**scorer_options(args))
     folder = model_results_folder(args.results_dir, loaded.model_path, loaded.weight_hash)
-    outcomes, result = evaluate(loaded.scorer, data)
+    outcomes, result = evaluate(loaded.scorer, data, max_bad_rows=args.max_bad_rows)
     found = audit({some.bias.name: some.records for some in data})
     defects = {name: lines_by_kind(some) for name, some in found.items() if some}
     metadata = result_metadata(loaded, result, [report for some in data for report in some.reports], args.seed)

@@ -16,9 +16,10 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,12 +29,12 @@ import transformers
 from huggingface_hub import snapshot_download
 
 from codes.common.base_model import model_hash, resolve_model_path
-from codes.common.chat import OVERLENGTH_POLICIES, TEMPLATE_HELP, ChatFormatter, Conversation
+from codes.common.chat import OVERLENGTH_POLICIES, TEMPLATE_HELP, ChatFormatter, Conversation, RefusedTexts
 from codes.common.cli import is_first_process, natural
 from codes.common.errors import ContrastRMError
 from codes.common.fused import FUSED_KERNELS, resolve_fused_kernels
 from codes.common.ranks import Ranks, join_launch, local_device
-from codes.common.records import ReadReport, ensure_writable_folder, file_sha256, write_json
+from codes.common.records import ReadReport, ensure_writable_folder, file_sha256, too_many_bad, write_json
 from codes.common.reporting import run_metadata
 from codes.common.score_store import STORE_FILE, ScoreStore
 from codes.common.scoring import PACKINGS, Invariance, Scorer, ScoreResult, count_tied
@@ -415,6 +416,82 @@ def choose_subset(rows: Sequence[Row], limit: int, seed: int, key: Callable[[Row
     return [rows[index] for index in sorted(index for _, index in sorted(rank)[:limit])]
 
 
+@dataclass(frozen=True)
+class ScoredRow:
+    """The texts of one row of a file, and which of them are compared with each other (by their places)."""
+
+    file: str
+    line: int
+    texts: Sequence[Conversation]
+    compared: Sequence[tuple[int, int]]
+
+    @property
+    def place(self) -> str:
+        """File and line."""
+        return f"{self.file}:{self.line}"
+
+
+def score_rows(
+    scorer: TextScorer, rows: Sequence[ScoredRow], reports: Iterable[ReadReport] = (), max_bad_rows: int = 0
+) -> tuple[list[list[float]], ScoreResult]:
+    """Score the texts of all rows in one call.
+
+    A row with a text that the model's template refuses is a bad row of its file: it has no scores.
+
+    Args:
+        reports: Of the files, with the bad rows that they have already.
+
+    Returns:
+        The scores of each row, and what the scoring took.
+
+    Raises:
+        ContrastRMError: A file has more bad rows than allowed, or what the scorer raises.
+    """
+    texts = [text for row in rows for text in row.texts]
+    owners = [number for number, row in enumerate(rows) for _ in row.texts]
+    refused: dict[int, str] = {}
+    try:
+        result = scorer.score(texts, "scoring")
+    except RefusedTexts as refusal:
+        for place, reason in refusal.reasons.items():
+            refused.setdefault(owners[place], f"{rows[owners[place]].place}: {reason}")
+        _check_bad_rows(rows, refused, reports, max_bad_rows)
+        accepted = [place for place, owner in enumerate(owners) if owner not in refused]
+        part = scorer.score([texts[place] for place in accepted], "scoring")
+        scores, seen_as = np.full(len(texts), np.nan, dtype=np.float32), np.full(len(texts), -1)
+        scores[accepted] = part.scores
+        seen_as[accepted] = part.seen_as
+        result = replace(
+            part, scores=scores, seen_as=tuple(seen_as.tolist()), n_texts=len(texts), refused=tuple(refused.values())
+        )
+    every = iter(result.scores.tolist())
+    found = [[next(every) for _ in row.texts] for row in rows]
+    return found, replace(result, equal_rows=tuple(_equal_rows(rows, result.seen_as)))
+
+
+def _check_bad_rows(
+    rows: Sequence[ScoredRow], refused: Mapping[int, str], reports: Iterable[ReadReport], max_bad_rows: int
+) -> None:
+    n_bad = Counter({report.path: len(report.bad) for report in reports})
+    for number, message in refused.items():
+        file = rows[number].file
+        n_bad[file] += 1
+        if n_bad[file] > max_bad_rows:
+            raise too_many_bad(message, n_bad[file], max_bad_rows)
+
+
+def _equal_rows(rows: Sequence[ScoredRow], seen_as: Sequence[int] | None) -> Iterator[str]:
+    """Places of rows that compare two different texts which have become one to the model."""
+    if seen_as is None:
+        return
+    start = 0
+    for row in rows:
+        numbers = seen_as[start : start + len(row.texts)]
+        start += len(row.texts)
+        if any(numbers[a] == numbers[b] != -1 and row.texts[a] != row.texts[b] for a, b in row.compared):
+            yield row.place
+
+
 def result_metadata(
     loaded: LoadedScorer, result: ScoreResult, reports: Iterable[ReadReport], seed: int
 ) -> dict[str, Any]:
@@ -442,6 +519,8 @@ def result_metadata(
         "n_computed_tokens": result.n_computed_tokens,
         "n_from_store": result.n_from_store,
         "n_tied_texts": result.n_tied_texts,
+        "refused_rows": list(result.refused),
+        "equal_rows": list(result.equal_rows),
         "invariance": None if result.invariance is None else asdict(result.invariance),
         **run_metadata(),
     }
@@ -459,6 +538,13 @@ def scoring_notes(result: ScoreResult) -> list[str]:
         notes.append(f"{result.n_tied_texts} of {result.n_distinct} distinct texts share their score with another one")
     if result.n_truncated:
         notes.append(f"{result.n_truncated} of {result.n_texts} texts were cut, {result.n_answer_cut} in the answer")
+    notes += [f"bad row left out: {message}" for message in result.refused]
+    if result.equal_rows:
+        shown = ", ".join(result.equal_rows[:5]) + (", ..." if len(result.equal_rows) > 5 else "")
+        notes.append(
+            f"{len(result.equal_rows)} rows compare answers that are the same to the model once they are rendered and cut, and "
+            f"count as ties: {shown}; look at the chat template and --max_length"
+        )
     if result.n_dropped:
         notes.append(f"{result.n_dropped} of {result.n_texts} texts were dropped; their pairs are excluded")
     return notes + _invariance_notes(result.invariance)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 from typing import IO, Any, overload
 
@@ -544,33 +545,48 @@ def _write_source(
 ) -> SourceCounts:
     tally = _Tally()
     waiting: list[PreferenceRecord] = []
+    refused: list[str] = []
+
+    def accepted(some: Sequence[PreferenceRecord], which: str) -> list[tuple[PreferenceRecord, EncodedRecord]]:
+        """Records as tokens; those that cannot become tokens are bad rows."""
+        pairs = list(zip(some, encode_records(some, formatter, negatives=which), strict=True))
+        for record, encoded in pairs:
+            if encoded.refusal is not None:
+                refused.append(f"{record.place}: {encoded.refusal}")
+                if len(refused) > max_bad_rows:
+                    raise records.too_many_bad(refused[-1], len(refused), max_bad_rows)
+        return [(record, encoded) for record, encoded in pairs if encoded.refusal is None]
 
     def encode() -> None:
-        found = encode_records(waiting, formatter, negatives=negatives)
-        for record, encoded in zip(waiting, found, strict=True):
+        held_out = [aside is not None and aside.takes(record) for record in waiting]
+        # What is held out is tokenised later: here it is only seen that it can be, while its line is known.
+        for record, _ in accepted(list(compress(waiting, held_out)), "all"):
+            tally.n_aside += 1
+            writer.add_bytes(ASIDE_FILE, json.dumps(record.to_row(), ensure_ascii=False).encode() + b"\n")
+        found = accepted([record for record, is_out in zip(waiting, held_out, strict=True) if not is_out], negatives)
+        for record, encoded in found:
             tally.add(record, encoded)
-        writer.append("raw_lengths", [_raw_length(text) for encoded in found for text in encoded.texts])
-        writer.add_groups([encoded.group for encoded in found if encoded.group is not None])
+        writer.append("raw_lengths", [_raw_length(text) for _, encoded in found for text in encoded.texts])
+        writer.add_groups([encoded.group for _, encoded in found if encoded.group is not None])
         bar.update(len(waiting))
         waiting.clear()
 
     def see(record: PreferenceRecord) -> None:
-        if aside is not None and aside.takes(record):
-            tally.n_aside += 1
-            writer.add_bytes(ASIDE_FILE, json.dumps(record.to_row(), ensure_ascii=False).encode() + b"\n")
-            return
         waiting.append(record)
         if len(waiting) == CHUNK:
             encode()
 
     report = read_source(source, see, max_bad_rows=max_bad_rows, limit=limit)
     encode()
+    bad = [*report.bad, *refused]
+    if len(bad) > max_bad_rows:
+        raise records.too_many_bad(bad[-1], len(bad), max_bad_rows)
     return SourceCounts(
         location=source.location,
         sha256=identity.sha256,
         revision=identity.revision,
         n_rows=report.n_rows,
-        bad=report.bad,
+        bad=bad,
         n_aside=tally.n_aside,
         encoded=tally.encoded,
         n_raw_texts=tally.n_raw_texts,

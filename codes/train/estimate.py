@@ -192,10 +192,11 @@ def report_lines(result: dict[str, Any]) -> list[str]:
         "groups too long",
         "texts cut",
         "no negative",
+        "same as chosen",
     )
     keys = (
         "n_rows", "n_bad_rows", "n_aside", "n_records", "n_groups", "groups_an_epoch", "n_texts", "n_tokens", "n_dropped_groups",
-        "n_truncated_texts", "n_without_negatives",
+        "n_truncated_texts", "n_without_negatives", "n_equal_texts",
     )  # fmt: skip
     rows = [[row["location"], *(f"{row[key]:,}" for key in keys)] for row in result["sources"]]
     lines += _table(["", *columns], rows)

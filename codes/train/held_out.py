@@ -33,7 +33,7 @@ import torch
 from codes.common import questions as questions_module
 from codes.common import records as records_module
 from codes.common.biases import PAIRWISE, eval_file_name
-from codes.common.chat import ChatFormatter, Conversation, EncodedText
+from codes.common.chat import ChatFormatter, Conversation, EncodedText, RefusedTexts
 from codes.common.cli import share_or_auto
 from codes.common.errors import ContrastRMError
 from codes.common.questions import question_key, row_question, user_text
@@ -47,6 +47,7 @@ from codes.common.records import (
     parse_preference_row,
     read_bias_file,
     read_preference_file,
+    too_many_bad,
     write_json,
 )
 from codes.common.stats import cluster_rate
@@ -404,18 +405,21 @@ def _read_bias_folder(folder: Path, max_bad_rows: int) -> tuple[dict[str, list[B
 # --- tokens ---
 
 
-def encode_held_out(data: HeldOutRecords, formatter: ChatFormatter) -> HeldOutSet:
+def encode_held_out(data: HeldOutRecords, formatter: ChatFormatter, *, max_bad_rows: int = 0) -> HeldOutSet:
     """Tokenise held-out data with the training's own length policy.
 
-    What the policy drops leaves its comparison, as in training; ``counts`` says how much.
+    What the policy drops, or leaves equal to what it is compared with, leaves its comparison, as in training; ``counts`` says
+    how much. Rows that the template refuses are added to the report's bad rows.
 
     Raises:
-        ContrastRMError: Nothing is left to compare.
+        ContrastRMError: Nothing is left to compare, or more bad rows than allowed.
     """
     conversations: list[Conversation] = []
+    rows: list[str] = []
 
-    def place(messages: list[Message], answer: str) -> int:
+    def place(messages: list[Message], answer: str, row: str) -> int:
         conversations.append(Conversation(messages, answer))
+        rows.append(row)
         return len(conversations) - 1
 
     whole: list[HeldOutGroup] = []
@@ -423,8 +427,8 @@ def encode_held_out(data: HeldOutRecords, formatter: ChatFormatter) -> HeldOutSe
     for record in data.records:
         group = HeldOutGroup(
             question=_key_of(record),
-            chosen=place(record.messages, record.chosen),
-            rejected=tuple(place(record.messages, answer) for answer in record.rejected),
+            chosen=place(record.messages, record.chosen, record.place),
+            rejected=tuple(place(record.messages, answer, record.place) for answer in record.rejected),
             injected=tuple(bias is not None for bias in record.bias_type),
         )
         whole.append(group)
@@ -434,16 +438,24 @@ def encode_held_out(data: HeldOutRecords, formatter: ChatFormatter) -> HeldOutSe
                 for at, bias in zip(group.rejected, record.bias_type, strict=True)
                 if bias is not None
             ]
-    for bias, rows in (data.bias_rows or {}).items():
-        for row in rows:
+    for bias, some in (data.bias_rows or {}).items():
+        for row in some:
+            line = f"{Path(data.report['bias_eval_dir']) / eval_file_name(bias)}:{row.line}"
             prompt: list[Message] = [{"role": "user", "content": row.question}]
-            better, other = (place(prompt, row.original[at]) for at in (row.better, 1 - row.better))
-            biased_better, biased_other = (place(prompt, row.rewritten[at]) for at in (row.better, 1 - row.better))
+            sides = (row.better, 1 - row.better)
+            better, other = (place(prompt, row.original[at], line) for at in sides)
+            biased_better, biased_other = (place(prompt, row.rewritten[at], line) for at in sides)
             pairs.append(BiasPair(bias, _key_of(row), better, (other,), biased_better, biased_other))
-    texts = formatter.encode(conversations)
+    texts, refused = _encode_accepted(conversations, rows, formatter)
+    if refused:
+        known = data.report.setdefault("bad_rows", [])
+        known += refused
+        data.report["n_bad_rows"] = len(known)
+        if len(known) > max_bad_rows:
+            raise too_many_bad(refused[-1], len(known), max_bad_rows)
     dropped = {at for at, text in enumerate(texts) if text.dropped}
-    groups = [group for group in (_without_dropped(group, dropped) for group in whole) if group is not None]
-    kept_pairs = [pair for pair in (_pair_without_dropped(pair, dropped) for pair in pairs) if pair is not None]
+    groups = [group for group in (_without_dropped(group, dropped, texts) for group in whole) if group is not None]
+    kept_pairs = [pair for pair in (_pair_without_dropped(pair, dropped, texts) for pair in pairs) if pair is not None]
     held_out = HeldOutSet(
         texts,
         groups,
@@ -456,28 +468,53 @@ def encode_held_out(data: HeldOutRecords, formatter: ChatFormatter) -> HeldOutSe
             "n_dropped_pairs": sum(bool(pair.others) for pair in pairs) - len(kept_pairs),
             "n_texts": len(texts),
             "n_dropped_texts": len(dropped),
+            "n_equal_texts": sum(
+                texts[at] == texts[group.chosen] for group in whole for at in group.rejected if at not in dropped
+            ),
             "n_truncated_texts": sum(text.n_cut > 0 and not text.dropped for text in texts),
         },
     )
     if not groups and not kept_pairs:
         raise ContrastRMError(
-            f"nothing held out is left to compare: {len(dropped)} of {len(texts)} texts are over the length limit; raise "
-            "--max_length, change --overlength, or set --held_out_share 0"
+            f"nothing held out is left to compare: of {len(texts)} texts {len(dropped)} are over the length limit and "
+            f"{held_out.counts['n_equal_texts']} are those of the chosen answer once they are rendered and cut; raise "
+            "--max_length, change --overlength or --chat_template, or set --held_out_share 0"
         )
     return held_out
 
 
-def _without_dropped(group: HeldOutGroup, dropped: Collection[int]) -> HeldOutGroup | None:
-    kept = [pair for pair in zip(group.rejected, group.injected, strict=True) if pair[0] not in dropped]
+def _encode_accepted(
+    conversations: Sequence[Conversation], rows: Sequence[str], formatter: ChatFormatter
+) -> tuple[list[EncodedText], list[str]]:
+    """Every text's tokens, and a message for each row that cannot become any: its texts are left empty."""
+    try:
+        return formatter.encode(conversations), []
+    except RefusedTexts as refusal:
+        # The first reason of a row.
+        bad = {rows[at]: reason for at, reason in reversed(refusal.reasons.items())}
+    good = iter(formatter.encode([text for text, row in zip(conversations, rows, strict=True) if row not in bad]))
+    texts = [EncodedText(()) if row in bad else next(good) for row in rows]
+    return texts, [f"{row}: {bad[row]}" for row in dict.fromkeys(rows) if row in bad]
+
+
+def _without_dropped(
+    group: HeldOutGroup, dropped: Collection[int], texts: Sequence[EncodedText]
+) -> HeldOutGroup | None:
+    kept = [
+        (at, injected)
+        for at, injected in zip(group.rejected, group.injected, strict=True)
+        if at not in dropped and texts[at] != texts[group.chosen]
+    ]
     if group.chosen in dropped or not kept:
         return None
     rejected, injected = zip(*kept, strict=True)
     return replace(group, rejected=rejected, injected=injected)
 
 
-def _pair_without_dropped(pair: BiasPair, dropped: Collection[int]) -> BiasPair | None:
-    others = tuple(at for at in pair.others if at not in dropped)
-    if not others or any(at in dropped for at in (pair.better, pair.biased_better, pair.biased_other)):
+def _pair_without_dropped(pair: BiasPair, dropped: Collection[int], texts: Sequence[EncodedText]) -> BiasPair | None:
+    others = tuple(at for at in pair.others if at not in dropped and texts[at] != texts[pair.better])
+    is_dropped = any(at in dropped for at in (pair.better, pair.biased_better, pair.biased_other))
+    if not others or is_dropped or texts[pair.biased_better] == texts[pair.biased_other]:
         return None
     return replace(pair, others=others)
 
@@ -508,7 +545,8 @@ def print_held_out(data: HeldOutRecords | None, held_out: HeldOutSet | None) -> 
     print(
         f"held out: {counts['n_groups']} groups; {counts['n_pairs']} pairs that measure bias"
         f"{' (' + ', '.join(f'{bias} {count}' for bias, count in biases.items()) + ')' if biases else ''}; left out: "
-        f"{counts['n_dropped_groups']} groups and {counts['n_dropped_pairs']} pairs over the length limit, "
+        f"{counts['n_dropped_groups']} groups and {counts['n_dropped_pairs']} pairs over the length limit or without a "
+        f"difference that the model sees ({counts['n_equal_texts']} rejected answers are the chosen one once rendered and cut), "
         f"{counts['n_pairs_without_original']} injected answers beside no answer without a bias",
         flush=True,
     )

@@ -258,7 +258,9 @@ def train(
         overlength=overlength,
         n_embeddings=embedding_rows(model.classifier, tokenizer),
     )
-    held_out = None if held_out_records is None else encode_held_out(held_out_records, formatter)
+    held_out = (
+        None if held_out_records is None else encode_held_out(held_out_records, formatter, max_bad_rows=max_bad_rows)
+    )
     ranking = resolve_ranking(
         held_out, metric_for_best, patience=early_stopping_patience, load_best_at_end=load_best_at_end
     )

@@ -167,7 +167,8 @@ def describe_data(data: TrainingData) -> list[str]:
             f"{row['location']}: {row['n_rows']} rows, {row['n_bad_rows']} bad{aside}; {row['n_records']} records -> "
             f"{row['n_groups']} groups, {row['n_texts']} texts, {row['n_tokens']} tokens; left out: "
             f"{row['n_dropped_groups']} groups and {row['n_dropped_texts']} texts over the length limit, "
-            f"{row['n_without_negatives']} records without such negatives; cut: {row['n_truncated_texts']} texts "
+            f"{row['n_equal_groups']} groups and {row['n_equal_texts']} rejected answers that are the chosen one once rendered "
+            f"and cut, {row['n_without_negatives']} records without such negatives; cut: {row['n_truncated_texts']} texts "
             f"({row['n_answer_cut']} in the answer); verdicts: {verdicts}{margins}"
         )
         if row["weight"] is not None or data.draws.quotas is not None:
