@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -570,7 +569,7 @@ def test_records_come_through_whole(tmp_path: Path, tiny_base_dir: Path, train_f
     summary = read_summary(out)
     assert summary["data"]["n_records"] + len(held) == len(records)
     by_id = {record.id: record for record in records}
-    assert all(asdict(record) == asdict(by_id[record.id]) for record in held)
+    assert all(record == by_id[record.id] for record in held)
 
 
 def test_the_split_is_remembered_and_a_damaged_memory_is_not_trusted(
