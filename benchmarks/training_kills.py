@@ -249,7 +249,7 @@ def wait_for_moment(child: Any, folder: Path, kind: str, draw: random.Random, st
         time.sleep(draw.uniform(0, start_seconds))
         return
     if kind == "end":
-        wait_until(child, lambda: list(folder.parent.glob(f".{folder.name}.saving-*")))
+        wait_until(child, lambda: list(folder.glob(".model.saving-*")))
         time.sleep(draw.uniform(0, 0.02))
         return
     before = n_lines()

@@ -362,7 +362,6 @@ def test_best_folder_is_whole_or_not_there(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         folder.write(4, fail, {"step": 4}, is_main=True)
-    (tmp_path / "..best-4.saving.saving-12").mkdir()
     assert not folder.has(4)
     folder.keep_only(3, None)
     assert [path.name for path in tmp_path.iterdir()] == ["best-3"]

@@ -135,7 +135,7 @@ def test_plain_transformers_gives_our_scores(case: str, tmp_path: Path) -> None:
     model, tokenizer = load_reward_model(str(source))
     before = our_scores(model, tokenizer)
     assert before.std() > 0.1
-    folder = save_reward_model(model, tokenizer, tmp_path / "saved", model_card="# card\n")
+    folder = save_reward_model(model, tokenizer, tmp_path / "saved")
     torch.testing.assert_close(plain_scores(folder), before, atol=1e-5, rtol=0)
     again, same_tokenizer = load_reward_model(str(folder))
     assert torch.equal(our_scores(again, same_tokenizer), before)
@@ -144,7 +144,6 @@ def test_plain_transformers_gives_our_scores(case: str, tmp_path: Path) -> None:
     assert same_tokenizer.pad_token == expected_pad
     assert config["pad_token_id"] == same_tokenizer.pad_token_id not in last_token_ids(same_tokenizer)
     assert same_tokenizer.chat_template == make().chat_template
-    assert (folder / "README.md").read_text(encoding="utf-8") == "# card\n"
 
 
 def test_a_config_that_pads_with_eos_is_mended_on_saving(tiny_qwen_dir: Path, tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -26,3 +29,17 @@ class RecordError(ContrastRMError):
         if len(shown) > 80:
             shown = shown[:77] + "..."
         super().__init__(f"{path}:{line}: field {field!r}: found {shown}; allowed: {allowed}")
+
+
+@contextmanager
+def optional(what: str) -> Iterator[None]:
+    """Whatever goes wrong in the block becomes a warning: for what comes after a result that must not be lost.
+
+    Args:
+        what: Subject of the warning: "the learning curves".
+    """
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  # whatever it is
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        print(f"warning: {what} failed: {type(error).__name__}: {reason}", file=sys.stderr, flush=True)

@@ -37,6 +37,13 @@ def sync(path: str | Path) -> None:
         os.close(descriptor)
 
 
+def permit(path: str | Path) -> None:
+    """Give a file or folder the permissions that new ones get here: some writers make theirs private to the user."""
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, (0o777 if Path(path).is_dir() else 0o666) & ~mask)
+
+
 @contextmanager
 def hold(path: str | Path, in_use: str, *, wait: bool = False) -> Iterator[None]:
     """Keep other processes out while the block runs. The system gives the lock back when the process ends, however it ends.

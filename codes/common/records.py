@@ -24,6 +24,7 @@ from typing import IO, Any, TypeVar
 
 from codes.common.biases import INJECTABLE
 from codes.common.errors import ContrastRMError, RecordError
+from codes.common.files import permit
 
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant")
@@ -966,7 +967,7 @@ def open_atomic(path: str | Path) -> Iterator[IO[str]]:
             with suppress(OSError):
                 handle.close()
         with _cannot_write(path):
-            os.chmod(temporary, 0o666 & ~_umask())
+            permit(temporary)
             os.replace(temporary, path)
         temporary = None
     finally:
@@ -982,12 +983,6 @@ def _cannot_write(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or error
         raise ContrastRMError(f"cannot write {path}: {reason}; choose a folder that you can write") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -1025,8 +1020,11 @@ def ensure_writable_folder(path: str | Path) -> Path:
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path):
-            pass
+        with tempfile.NamedTemporaryFile(dir=path) as probe:
+            # A full disk or an exhausted quota still makes empty files.
+            probe.write(bytes(4096))
+            probe.flush()
+            os.fsync(probe.fileno())
     except OSError as error:
         reason = error.strerror or error
         raise ContrastRMError(f"cannot write in {path}: {reason}; choose a folder that you can write") from error

@@ -7,10 +7,12 @@ Reads nothing but the installed versions and the git commit; what it returns is 
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import platform
 import re
+import runpy
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-REPORTED_PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "numpy", "scipy", "statsmodels")
+REPORTED_PACKAGES = ("transformers", "tokenizers", "accelerate", "numpy", "scipy", "statsmodels")
 
 # Okabe and Ito's palette: told apart with every common colour vision deficiency.
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#666666"
@@ -236,12 +238,22 @@ def run_metadata() -> dict[str, Any]:
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that can change a score or a statistic, where installed."""
     versions = {"python": platform.python_version()}
+    if torch_version := _torch_version():
+        versions["torch"] = torch_version
     for name in REPORTED_PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def _torch_version() -> str | None:
+    """``torch.__version__`` without the seconds of its import. The package's metadata may leave the build (``+cu130``) out."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    return str(runpy.run_path(str(Path(spec.origin).with_name("version.py")))["__version__"])
 
 
 def git_state(folder: Path) -> tuple[str | None, bool | None]:

@@ -7,7 +7,6 @@ Checkpoint rotation never touches it. Used by ``python -m codes.train.train_rewa
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import shutil
@@ -20,6 +19,7 @@ from codes.common.cli import natural
 from codes.common.errors import ContrastRMError
 from codes.common.records import write_json
 from codes.train.held_out import HeldOutSet, metric_names
+from codes.train.reward_model import record_reward_scale
 
 BEST_FILE = "best.json"
 DEFAULT_METRIC = "constrained_accuracy"
@@ -148,18 +148,15 @@ class BestFolder:
         save(scratch)
         if is_main:
             write_json(scratch / BEST_FILE, dict(evaluation))
-            config = scratch / "config.json"
-            if config.is_file() and "eval/score_mean" in evaluation:
-                scale = {"reward_mean": evaluation["eval/score_mean"], "reward_std": evaluation["eval/score_std"]}
-                write_json(config, json.loads(config.read_text(encoding="utf-8")) | scale)
+            if "eval/score_mean" in evaluation:
+                record_reward_scale(scratch, evaluation["eval/score_mean"], evaluation["eval/score_std"])
             shutil.rmtree(self.path(step), ignore_errors=True)
             os.replace(scratch, self.path(step))
 
     def keep_only(self, *steps: int | None) -> None:
         """Remove all others, and what a killed run left half written."""
-        for pattern in (".best-*", "..best-*"):  # the second: a save_reward_model that was killed
-            for unfinished in self.output_dir.glob(pattern):
-                shutil.rmtree(unfinished)
+        for unfinished in self.output_dir.glob(".best-*"):
+            shutil.rmtree(unfinished)
         for folder in self.output_dir.glob("best-*"):
             if folder not in [self.path(step) for step in steps if step is not None]:
                 # Out of sight first: half a model must not stay when the run is killed in the middle of this.

@@ -9,12 +9,11 @@ Used by ``python -m codes.train.train_reward_model`` (``--save_steps``, ``--save
 from __future__ import annotations
 
 import argparse
-import glob
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +26,7 @@ from safetensors import SafetensorError
 
 from codes.common.cli import is_first_process, non_negative_float
 from codes.common.errors import ContrastRMError
-from codes.common.files import hold, sync
+from codes.common.files import hold, permit, sync
 from codes.common.records import ensure_writable_folder, file_sha256, write_json
 from codes.train.signals import is_lost_peer
 
@@ -35,6 +34,9 @@ STATE_FILE = "trainer_state.json"
 MANIFEST_FILE = "manifest.json"
 SUMMARY_FILE = "train_summary.json"
 LOCK_FILE = ".training.lock"
+# A finished run's logs and best weights, while another run is at work in its folder.
+EARLIER_FOLDER = "earlier_run"
+CONTINUE = "free some space, then continue with --resume auto (RESUME=auto)"
 # Hashing leaves the interpreter's lock: a few threads read as fast as a disk gives.
 HASH_THREADS = 4
 # What torch's writer says, without an errno, when the disk refuses a part of a file.
@@ -123,6 +125,9 @@ def _write_parts(accelerator: Accelerator, scratch: Path, state: Mapping[str, An
     if accelerator.is_main_process:
         write_json(scratch / STATE_FILE, dict(state))
     accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        for path in (*scratch.rglob("*"), scratch):
+            permit(path)
     files = _files(scratch)[accelerator.process_index :: accelerator.num_processes]
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         entries: list[dict[str, Any]] = list(pool.map(lambda path: _sealed(scratch, path), files))
@@ -233,14 +238,57 @@ def is_finished(output_dir: Path, fingerprint: Mapping[str, Any]) -> bool:
     return True
 
 
+def make_way(output_dir: Path, names: Sequence[str]) -> None:
+    """Nothing of an earlier run may pass for the new one's, and a new run costs a finished one nothing before it has a model.
+
+    What a finished run wrote waits in ``earlier_run/`` until its model is replaced; of an unfinished one it goes.
+
+    Args:
+        names: Of the files, as patterns.
+    """
+    files = [path for name in names for path in output_dir.glob(name)]
+    if not (output_dir / SUMMARY_FILE).is_file():
+        for file in files:
+            if file.is_file():
+                file.unlink()
+        return
+    aside = output_dir / EARLIER_FOLDER
+    aside.mkdir(exist_ok=True)
+    # The summary last: killed before it moves, the next start goes on with this.
+    for path in (*files, output_dir / SUMMARY_FILE):
+        if path.is_dir():
+            shutil.rmtree(aside / path.name, ignore_errors=True)
+        os.replace(path, aside / path.name)
+
+
+def ensure_space(output_dir: Path, n_bytes: int) -> None:
+    """Before hours of work: does the finished model fit on the disk?
+
+    Raises:
+        ContrastRMError: It does not.
+    """
+    disk = shutil.disk_usage(output_dir)
+    # Some network file systems do not know their size.
+    if disk.total and disk.free < n_bytes:
+        raise ContrastRMError(
+            f"the finished model takes {n_bytes / 1e6:,.1f} MB, and {output_dir} has {disk.free / 1e6:,.1f} MB free: free some "
+            "space, or choose another --output_dir"
+        )
+
+
+def what_is_left(output_dir: Path) -> str:
+    """For the error of a run whose model could not be saved: the weights that are on disk, and how to go on."""
+    found = [path.name for path in (*list_checkpoints(output_dir)[-1:], *output_dir.glob("best-*"))]
+    if not found:
+        return f"free some space in {output_dir} or choose another --output_dir"
+    return f"{', '.join(found)} in {output_dir} hold earlier weights: free some space, then --resume auto (RESUME=auto)"
+
+
 def remove_unfinished(output_dir: Path) -> None:
     """Forget what a killed run left half written or half removed."""
-    patterns = (".checkpoint-*.saving", ".checkpoint-*.removing")
-    for unfinished in (
-        *(path for pattern in patterns for path in output_dir.glob(pattern)),
-        *output_dir.parent.glob(f".{glob.escape(output_dir.name)}.saving-*"),
-    ):
-        shutil.rmtree(unfinished)
+    for pattern in (".checkpoint-*.saving", ".checkpoint-*.removing", ".model.saving-*", ".model.replaced-*"):
+        for unfinished in output_dir.glob(pattern):
+            shutil.rmtree(unfinished)
 
 
 def step_of(checkpoint: Path) -> int:

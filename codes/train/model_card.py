@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def _metadata(seed: int) -> dict[str, Any]:
     """As every result's, with the versions of what only training uses."""
     found = run_metadata()
     for name in ("deepspeed", "peft"):
-        found["versions"][name] = version(name)
+        with suppress(PackageNotFoundError):  # one process needs no DeepSpeed
+            found["versions"][name] = version(name)
     return found | {"seed": seed}
 
 

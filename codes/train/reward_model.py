@@ -11,6 +11,7 @@ import inspect
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -36,6 +37,7 @@ from codes.common.base_model import resolve_model_path
 from codes.common.borrow import borrowed
 from codes.common.chat import KNOWN_TEMPLATES, ChatFormatter, Conversation, last_token_ids, take_template
 from codes.common.errors import ContrastRMError
+from codes.common.files import permit, sync
 from codes.common.fused import (
     few_layers_on,
     install_fused_kernels,
@@ -45,7 +47,7 @@ from codes.common.fused import (
 )
 from codes.common.packed_attention import FLEX_BLOCK, install_packed_attention, narrowed_windows, why_not_packable
 from codes.common.packing import PackLayout, build_pack
-from codes.common.records import ensure_writable_folder
+from codes.common.records import ensure_writable_folder, write_json
 from codes.common.rope import forget_long_texts, rope_limit
 from codes.train.lora import (
     ADAPTER_FOLDER,
@@ -72,6 +74,10 @@ PROBE_TOLERANCE_HALF = 0.05
 # as much as the gradient itself.
 PROBE_GRADIENT_TOLERANCE = 1e-2
 PROBE_GRADIENT_TOLERANCE_HALF = 0.35
+# What makes a model of a folder, the configuration first: without it the rest does not look whole.
+MODEL_FILES = (
+    "config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.jinja", "README.md",
+)  # fmt: skip
 # Attributes of modules (OPT, Bart, ...) that are probabilities of dropout in training.
 DROPOUT_RATES = ("dropout", "attention_dropout", "activation_dropout", "layerdrop")
 # The probe's texts are longer than this, whatever window a model has.
@@ -701,37 +707,24 @@ def save_reward_model(
     output_dir: str | Path,
     *,
     state_dict: Mapping[str, torch.Tensor] | None = None,
-    model_card: str | None = None,
-    reward_mean: float | None = None,
-    reward_std: float | None = None,
 ) -> Path:
     """Save a folder that plain transformers loads, appearing whole or not at all.
 
     A model with a LoRA adapter is saved merged, with the adapter in ``adapter/`` (or the adapter alone, as its settings say).
 
     Args:
-        output_dir: Replaced if it is there.
+        output_dir: The model that it holds is replaced, at the moment when the new one is whole; other files stay.
         state_dict: The gathered weights of a ``RewardModel`` (from ``accelerator.get_state_dict``, which every rank must
             call); None takes the model's own.
-        model_card: Text of its ``README.md``.
-        reward_mean, reward_std: Of the raw scores, written into the configuration for whoever wants to scale them. No
-            score is ever scaled by them here.
 
     Raises:
-        ContrastRMError: The folder cannot be written.
+        ContrastRMError: The folder cannot be written. Weights that were written whole are kept in it, and named.
     """
-    output_dir = Path(output_dir)
-    ensure_writable_folder(output_dir.parent)
-    scratch = output_dir.parent / f".{output_dir.name}.saving-{os.getpid()}"
+    output_dir = ensure_writable_folder(output_dir)
     weights = dict(model.state_dict() if state_dict is None else state_dict)
     prefix = "classifier."
     plain = {name.removeprefix(prefix): tensor.contiguous() for name, tensor in weights.items()}
-    for name, value in (("reward_mean", reward_mean), ("reward_std", reward_std)):
-        if value is not None:
-            setattr(model.classifier.config, name, value)
-    try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
+    with _put_in_place(output_dir) as scratch:
         if model.lora is not None:
             adapted = twin_with_adapter(model.classifier, model.lora, plain)
             save_adapter(adapted, tokenizer, scratch / ADAPTER_FOLDER)
@@ -740,14 +733,67 @@ def save_reward_model(
             model.classifier.save_pretrained(scratch, state_dict=plain)
             tokenizer.save_pretrained(scratch)
             _name_for_older_readers(scratch, tokenizer, takes_segments=not model.pools_last_token)
-        if model_card is not None:
-            (scratch / "README.md").write_text(model_card, encoding="utf-8")
-        _replace_files(scratch, output_dir)
-    except OSError as error:
-        raise ContrastRMError(f"cannot save the model in {output_dir}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return output_dir
+
+
+def saved_bytes(model: RewardModel) -> int:
+    """What the weights take on the disk when the model is saved."""
+    weights = [p for p in model.parameters() if p.requires_grad or model.lora is None or model.lora.merge]
+    return sum(weight.numel() * weight.element_size() for weight in weights)
+
+
+@contextmanager
+def _put_in_place(output_dir: Path) -> Iterator[Path]:
+    """A folder for a model's files that take the place of those in ``output_dir`` when the block ends well.
+
+    It lies in ``output_dir``, which was checked to be writable: the folder beside it may not be, or lie on another disk.
+
+    Raises:
+        ContrastRMError: The disk refuses it. What has whole weights is kept as ``unsaved_model-*``.
+    """
+    scratch = output_dir / f".model.saving-{os.getpid()}"
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        yield scratch
+        for path in (*scratch.rglob("*"), scratch):
+            permit(path)
+            sync(path)
+        _replace_files(scratch, output_dir)
+    except BaseException as error:
+        kept = _keep_weights(scratch)
+        # The tokenizer's writer knows no exception of its own.
+        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
+            if kept is not None:
+                print(
+                    f"the model was not saved in {output_dir}; its weights are in {kept}", file=sys.stderr, flush=True
+                )
+            raise
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        where = "none of its weights could be kept" if kept is None else f"its weights are whole in {kept}"
+        raise ContrastRMError(f"cannot save the model in {output_dir}: {reason}; {where}") from error
+
+
+def _keep_weights(scratch: Path) -> Path | None:
+    """Save what can be saved of a failed save: a folder with whole weights gets a name that nobody clears away."""
+    files = list(scratch.rglob("*.safetensors"))
+    shards = {int(found[1]) for file in files if (found := re.search(r"-of-(\d+)\.", file.name))}
+    if not files or not all(_is_whole(file) for file in files) or any(n > len(files) for n in shards):
+        # Half of the weights would keep a full disk full.
+        shutil.rmtree(scratch, ignore_errors=True)
+        return None
+    kept = scratch.with_name(f"unsaved_model-{os.getpid()}")
+    shutil.rmtree(kept, ignore_errors=True)
+    os.replace(scratch, kept)
+    return kept
+
+
+def _is_whole(file: Path) -> bool:
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def _name_for_older_readers(folder: Path, tokenizer: PreTrainedTokenizerBase, *, takes_segments: bool) -> None:
@@ -785,21 +831,12 @@ def _name_for_older_readers(folder: Path, tokenizer: PreTrainedTokenizerBase, *,
     tokenizer_file.write_text(text + "\n", encoding="utf-8")
 
 
-def copy_reward_model(
-    source: Path,
-    output_dir: Path,
-    *,
-    model_card: str,
-    reward_mean: float | None = None,
-    reward_std: float | None = None,
-) -> None:
+def copy_reward_model(source: Path, output_dir: Path) -> None:
     """Put a saved model in the place of another one, as ``save_reward_model`` does: whole or not at all.
 
     Args:
         source: A folder that ``save_reward_model`` wrote. Its weights are linked where the disk can, so that they do not need
             their space twice.
-        model_card: Text of the copy's ``README.md``.
-        reward_mean, reward_std: As for ``save_reward_model``.
 
     Raises:
         ContrastRMError: The folder cannot be written.
@@ -811,33 +848,45 @@ def copy_reward_model(
         except OSError:
             shutil.copy2(original, copy)
 
-    scratch = output_dir.parent / f".{output_dir.name}.saving-{os.getpid()}"
-    try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        shutil.copytree(source, scratch, copy_function=link_or_copy)
-        (scratch / "README.md").unlink(missing_ok=True)
-        (scratch / "README.md").write_text(model_card, encoding="utf-8")
-        if reward_mean is not None and reward_std is not None and (scratch / "config.json").is_file():
-            config = json.loads((scratch / "config.json").read_text(encoding="utf-8"))
-            config |= {"reward_mean": reward_mean, "reward_std": reward_std}
-            # A linked file is the source's too.
-            (scratch / "config.json").unlink()
-            (scratch / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        _replace_files(scratch, output_dir)
-    except OSError as error:
-        raise ContrastRMError(f"cannot save the model in {output_dir}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with _put_in_place(output_dir) as scratch:
+        shutil.copytree(source, scratch, copy_function=link_or_copy, dirs_exist_ok=True)
+
+
+def record_reward_scale(folder: Path, mean: float, std: float) -> None:
+    """Write mean and standard deviation of the raw scores into the configuration, for whoever wants to scale them.
+
+    No score is ever scaled by them here. A folder of an adapter alone has no configuration to hold them.
+
+    Raises:
+        ContrastRMError: The disk refuses it.
+    """
+    file = folder / "config.json"
+    if file.is_file():
+        write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"reward_mean": mean, "reward_std": std})
 
 
 def _replace_files(scratch: Path, output_dir: Path) -> None:
-    """Move a finished model into the run's folder, the config last: a folder with a config is whole."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "config.json").unlink(missing_ok=True)
-    for pattern in ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.jinja"):
-        for stale in output_dir.glob(pattern):
-            stale.unlink()
-    for file in sorted(scratch.iterdir(), key=lambda file: file.name == "config.json"):
-        if file.is_dir():
-            shutil.rmtree(output_dir / file.name, ignore_errors=True)
-        os.replace(file, output_dir / file.name)
+    """Move a finished model into the run's folder, the config last: a folder with a config is whole.
+
+    What it replaces, an earlier model's card included, goes first, and comes back if anything refuses to move.
+    """
+    replaced = output_dir / f".model.replaced-{os.getpid()}"
+    replaced.mkdir()
+    new = sorted(scratch.iterdir(), key=lambda file: file.name == "config.json")
+    old = [file for pattern in MODEL_FILES for file in output_dir.glob(pattern) if file.is_file()]
+    old += [file for file in (output_dir / one.name for one in new) if file.is_file() and file not in old]
+    old += [output_dir / ADAPTER_FOLDER] if (output_dir / ADAPTER_FOLDER).is_dir() else []
+    moves = [(file, replaced / file.name) for file in old] + [(file, output_dir / file.name) for file in new]
+    done: list[tuple[Path, Path]] = []
+    try:
+        for source, target in moves:
+            os.replace(source, target)
+            done.append((source, target))
+    except BaseException:
+        for source, target in reversed(done):
+            os.replace(target, source)
+        replaced.rmdir()
+        raise
+    sync(output_dir)
+    for folder in (scratch, replaced):
+        shutil.rmtree(folder, ignore_errors=True)

@@ -22,7 +22,7 @@ from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
-from codes.common.errors import ContrastRMError
+from codes.common.errors import ContrastRMError, optional
 from codes.common.records import write_json
 from codes.common.reporting import markdown_table
 
@@ -146,13 +146,18 @@ class Trackers:
             for key, value in values.items()
             if isinstance(value, int | float) and not isinstance(value, bool) and not key.endswith(("_count", "_total"))
         }
-        for tracker in self.trackers.values():
-            tracker.log(shown, step=step)
+        for name in list(self.trackers):
+            # Taken out until it has worked: what is only a view of the logs ends no run, and is told of once.
+            tracker = self.trackers.pop(name)
+            with optional(f"--report_to {name}"):
+                tracker.log(shown, step=step)
+                self.trackers[name] = tracker
 
     def finish(self) -> None:
         """Write out what is left."""
-        for tracker in self.trackers.values():
-            tracker.finish()
+        for name, tracker in self.trackers.items():
+            with optional(f"--report_to {name}"):
+                tracker.finish()
 
 
 def _wait_for_a_later_second(folder: Path) -> None:

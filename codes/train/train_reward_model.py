@@ -14,12 +14,14 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate.utils import set_seed
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, set_seed
 
 from codes.common.base_model import resolve_model_path
 from codes.common.chat import OVERLENGTH_POLICIES, TEMPLATE_HELP, ChatFormatter
@@ -33,19 +35,24 @@ from codes.common.cli import (
     positive_float,
     run,
 )
-from codes.common.errors import ContrastRMError
+from codes.common.errors import ContrastRMError, optional
 from codes.common.fused import FUSED_KERNELS, resolve_fused_kernels
-from codes.common.records import ensure_writable_folder, write_json, write_jsonl
+from codes.common.records import ensure_writable_folder, write_json, write_jsonl, write_text
 from codes.common.scoring import PACKINGS, Scorer, resolve_packing
 from codes.train.best_checkpoint import BEST_FILE, BestFolder, add_best_checkpoint_arguments, resolve_ranking
 from codes.train.checkpoints import (
+    EARLIER_FOLDER,
+    SUMMARY_FILE,
     add_checkpoint_arguments,
     choose_checkpoint,
     engine_fingerprint,
+    ensure_space,
     hold_folder,
     is_finished,
+    make_way,
     recorded_budget,
     remove_unfinished,
+    what_is_left,
 )
 from codes.train.contamination import CONTAMINATION_FILE, check_contamination, expand_files
 from codes.train.data_utils import NEGATIVES, count_micro_steps
@@ -77,9 +84,16 @@ from codes.train.lora import ADAPTER_FOLDER, add_lora_arguments, lora_settings, 
 from codes.train.memory import choose_token_budget, device_bytes, training_state_bytes, zero_config
 from codes.train.model_card import model_card, training_summary
 from codes.train.objective import MODES, Objective, add_objective_arguments, take_objective
-from codes.train.plots import draw_training_curves
-from codes.train.reward_model import copy_reward_model, embedding_rows, load_reward_model, save_reward_model
-from codes.train.reward_stats import reward_statistics
+from codes.train.plots import CURVES, draw_training_curves
+from codes.train.reward_model import (
+    copy_reward_model,
+    embedding_rows,
+    load_reward_model,
+    record_reward_scale,
+    save_reward_model,
+    saved_bytes,
+)
+from codes.train.reward_stats import RewardStats, reward_statistics
 from codes.train.signals import RunStopped, StopSignals, failures_told, tell_launcher
 from codes.train.sources import parse_sources
 from codes.train.tracking import Trackers, add_tracking_arguments, check_trackers
@@ -88,6 +102,7 @@ from codes.train.training_data import add_data_arguments, describe_data, open_tr
 from codes.train.trial import try_token_budget
 from codes.train.watch import EVAL_LOG_FILE, Watch, add_watch_arguments, held_out_summary, resolve_eval_steps
 
+ARGUMENTS_FILE = "train_args.json"
 # What the data and its computed tokens depend on.
 ESTIMATED = (
     "model_path", "train_file", "output_dir", "negatives", "epochs", "max_steps", "max_length", "overlength",
@@ -95,9 +110,9 @@ ESTIMATED = (
     "cache_dir", "contamination_files", "fail_on_contamination", "trust_remote_code", "held_out_share", "eval_file",
     "bias_eval_dir", "chat_template",
 )  # fmt: skip
-# What a run writes that could pass for another run's.
+# What a run writes beside its model and summary that could pass for another run's.
 OF_A_RUN = (
-    LOG_FILE, EVAL_LOG_FILE, HELD_OUT_FILE, BEST_FILE, REPORT_FILE, "train_summary.json", "config.json",
+    LOG_FILE, EVAL_LOG_FILE, HELD_OUT_FILE, BEST_FILE, REPORT_FILE, ARGUMENTS_FILE, f"{CURVES}.*", "best-*",
 )  # fmt: skip
 
 
@@ -315,6 +330,7 @@ def train(
             )
         accelerator.end_training()
         return folder
+    ensure_space(folder, saved_bytes(model))
     checkpoint = choose_checkpoint(accelerator, resume, folder)
     is_automatic, device = not max_tokens_per_batch, accelerator.device
     if is_automatic:
@@ -391,6 +407,21 @@ def train(
         accelerator, model, learning_rate=learning_rate, weight_decay=weight_decay, master_weights=master_weights
     )
     trackers = Trackers(report_to if accelerator.is_main_process else (), folder)
+    plain: Any = accelerator.unwrap_model(prepared_model)
+
+    def save(target: Path) -> None:
+        state_dict = accelerator.get_state_dict(prepared_model)  # collective: every rank takes part
+        if accelerator.is_main_process:
+            save_reward_model(plain, tokenizer, target, state_dict=state_dict)
+
+    def save_finished() -> None:
+        try:
+            save(folder)
+        except ContrastRMError as error:
+            raise ContrastRMError(f"{error}; {what_is_left(folder)}") from error
+        if accelerator.is_main_process:
+            print(f"saved the reward model in {folder} ({time.perf_counter() - started:.0f} s)", flush=True)
+
     trainer = Trainer(
         accelerator=accelerator,
         model=prepared_model,
@@ -418,14 +449,8 @@ def train(
         stop=stop,
         trackers=trackers,
         token_budget={"tokens": max_tokens_per_batch, "made_for": made_for} if is_automatic else None,
+        save_model=save_finished,
     )
-    plain: Any = accelerator.unwrap_model(prepared_model)
-
-    def save(target: Path) -> None:
-        state_dict = accelerator.get_state_dict(prepared_model)  # collective: every rank takes part
-        if accelerator.is_main_process:
-            save_reward_model(plain, tokenizer, target, state_dict=state_dict)
-
     watch = None
     if held_out is not None:
         watch = Watch(
@@ -453,100 +478,116 @@ def train(
     if checkpoint is not None:
         trainer.load_checkpoint(checkpoint)
     elif accelerator.is_main_process:
-        # A model or log of an earlier run must not pass for this one's.
-        for name in OF_A_RUN:
-            (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / ADAPTER_FOLDER, ignore_errors=True)
+        make_way(folder, OF_A_RUN)
         BestFolder(folder).keep_only()
     if accelerator.is_main_process:
         remove_unfinished(folder)
         resolved = {"resolved_precision": precision, "resolved_fused_kernels": fused_kernels, "world_size": world_size}
-        write_json(folder / "train_args.json", arguments | resolved)
+        write_json(folder / ARGUMENTS_FILE, arguments | resolved)
         if held_out_records is not None:
             write_jsonl(folder / HELD_OUT_FILE, (record.to_row() for record in held_out_records.records))
         trackers.start(first_step=trainer.step + 1 if checkpoint is not None else 0, config=arguments)
     accelerator.wait_for_everyone()
     try:
         trainer.train()
+        # The model is saved. What follows can only add to it.
+        adopted = adopt_best(accelerator, watch, folder, trainer.step) if load_best_at_end else None
+        drawn = np.random.default_rng(seed).permutation(draws.epoch_counts()["n_groups"])[:reward_stats_groups]
+        stats = None
+        if adopted is None:
+            # Of several ranks one that goes on alone would leave the others waiting for ever.
+            with optional("reward_mean and reward_std") if accelerator.num_processes == 1 else nullcontext():
+                stats = reward_statistics(
+                    accelerator,
+                    prepared_model,
+                    draws,
+                    sorted(drawn.tolist()),
+                    costs,
+                    packing=packing,
+                    max_tokens_per_batch=max_tokens_per_batch,
+                    pad_id=tokenizer.pad_token_id,
+                )
+        if accelerator.is_main_process:
+            with optional(SUMMARY_FILE):
+                summary = training_summary(trainer, data.report, data.sha256, time.perf_counter() - started)
+                summary |= {"verdicts": data.verdicts, "n_bad_rows": len(data.bad), "max_length": data.max_length}
+                summary |= {"text_pairs": not formatter.has_template}
+                summary |= {"sources": data.source_rows(), "epoch": draws.epoch_counts()}
+                summary |= {"groups_per_source": data.origins, "rejected_per_bias": data.biases}
+                summary |= reward_scale(stats, watch, adopted) | {"fingerprint": trainer.fingerprint}
+                summary |= held_out_summary(held_out_records, held_out, watch, adopted_step=adopted)
+                describe_model(folder, arguments, summary, trainer, watch)
+            if watch is not None:
+                with optional("removing best-* folders"):
+                    # The folder of the run may hold these weights itself.
+                    is_there = watch.best_step in (adopted, trainer.step)
+                    watch.folder.keep_only(None if is_there else watch.best_step)
     finally:
         trackers.finish()
-    # Where the last step is the best one, the weights in memory are the best ones.
-    adopted = watch.best_step if watch is not None and load_best_at_end else None
-    adopted = None if adopted == trainer.step else adopted
-    drawn = np.random.default_rng(seed).permutation(draws.epoch_counts()["n_groups"])[:reward_stats_groups]
-    stats = (
-        None
-        if adopted is not None
-        else reward_statistics(
-            accelerator,
-            prepared_model,
-            draws,
-            sorted(drawn.tolist()),
-            costs,
-            packing=packing,
-            max_tokens_per_batch=max_tokens_per_batch,
-            pad_id=tokenizer.pad_token_id,
-        )
-    )
-    state_dict = accelerator.get_state_dict(prepared_model) if adopted is None else None  # collective
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return folder
+
+
+def adopt_best(accelerator: Accelerator, watch: Watch | None, folder: Path, last_step: int) -> int | None:
+    """Put the best weights in the place of the last step's. Every rank calls it.
+
+    Returns:
+        Their step; None where the last step's weights stay: they are the best ones, or the others could not be copied.
+    """
+    best = None if watch is None else watch.best_step
+    if watch is None or best is None or best == last_step:
+        return None
+    adopted: list[int | None] = [None]
     if accelerator.is_main_process:
-        summary = training_summary(trainer, data.report, data.sha256, time.perf_counter() - started)
-        summary |= {"verdicts": data.verdicts, "n_bad_rows": len(data.bad), "max_length": data.max_length}
-        summary |= {"text_pairs": not formatter.has_template}
-        summary |= {"sources": data.source_rows(), "epoch": draws.epoch_counts()}
-        summary |= {"groups_per_source": data.origins, "rejected_per_bias": data.biases}
-        reward_mean = reward_std = None
-        if stats is not None:
-            reward_mean, reward_std = stats.mean, stats.std
-            summary |= {"reward_mean": reward_mean, "reward_std": reward_std, "reward_n": stats.n}
-        elif watch is not None and adopted is not None:
-            # The weights in memory are not those that are saved: theirs were measured on held-out data.
-            at_best = next(entry for entry in watch.evaluations if entry["step"] == adopted)
-            reward_mean, reward_std = at_best.get("eval/score_mean"), at_best.get("eval/score_std")
-            n_texts = sum(1 + len(group.rejected) for group in watch.held_out.groups)
-            summary |= {"reward_mean": reward_mean, "reward_std": reward_std, "reward_n": n_texts}
-        summary |= {"fingerprint": trainer.fingerprint}
-        summary |= held_out_summary(held_out_records, held_out, watch, adopted_step=adopted)
+        with optional(f"putting the weights of best-{best} in the place of the last step's"):
+            copy_reward_model(watch.folder.path(best), folder)
+            adopted = [best]
+    return broadcast_object_list(adopted)[0]
+
+
+def reward_scale(stats: RewardStats | None, watch: Watch | None, adopted: int | None) -> dict[str, Any]:
+    """``reward_mean``, ``reward_std`` and ``reward_n`` of the weights that were saved."""
+    if stats is not None:
+        return {"reward_mean": stats.mean, "reward_std": stats.std, "reward_n": stats.n}
+    if watch is None or adopted is None:
+        return {}
+    # The weights in memory are not those that were saved: theirs were measured on held-out data.
+    at_best = next(entry for entry in watch.evaluations if entry["step"] == adopted)
+    n_texts = sum(1 + len(group.rejected) for group in watch.held_out.groups)
+    scale = {"reward_mean": at_best.get("eval/score_mean"), "reward_std": at_best.get("eval/score_std")}
+    return scale | {"reward_n": n_texts}
+
+
+def describe_model(
+    folder: Path, arguments: dict[str, Any], summary: dict[str, Any], trainer: Trainer, watch: Watch | None
+) -> None:
+    """What is said of a saved model; each failure is a warning. The summary last: with it a run counts as finished."""
+    if summary.get("reward_mean") is not None and summary.get("reward_std") is not None:
+        with optional("reward_mean and reward_std in config.json"):
+            record_reward_scale(folder, summary["reward_mean"], summary["reward_std"])
+    with optional("the model card"):
+        write_text(folder / "README.md", model_card(arguments, summary))
+    with optional("the learning curves"):
         draw_training_curves(
             trainer.log,
             [] if watch is None else watch.evaluations,
             folder,
             best_step=None if watch is None else watch.best_step,
         )
-        card = model_card(arguments, summary)
-        if watch is None or adopted is None:
-            save_reward_model(
-                plain,
-                tokenizer,
-                folder,
-                state_dict=state_dict,
-                model_card=card,
-                reward_mean=reward_mean,
-                reward_std=reward_std,
-            )
-        else:
-            copy_reward_model(
-                watch.folder.path(adopted), folder, model_card=card, reward_mean=reward_mean, reward_std=reward_std
-            )
-        write_json(folder / "train_summary.json", summary)
-        if watch is not None:
-            # The folder of the run holds these weights itself.
-            watch.folder.keep_only(None if load_best_at_end or watch.best_step == trainer.step else watch.best_step)
-        print(f"saved the reward model in {folder} ({summary['wall_seconds']:.0f} s)", flush=True)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return folder
+    write_json(folder / SUMMARY_FILE, summary)
+    shutil.rmtree(folder / EARLIER_FOLDER, ignore_errors=True)
 
 
 def check_model_is_elsewhere(model_path: str, output_dir: Path) -> None:
-    """A run clears its folder of an earlier run's model before it has one of its own.
+    """A run replaces the model of an earlier run in its folder.
 
     Raises:
         ContrastRMError: That is the model that it would start from.
     """
     model, folder = Path(model_path).expanduser().resolve(), output_dir.resolve()
-    is_part = model.parent == folder and (model.name == ADAPTER_FOLDER or model.name.startswith("best-"))
-    if model == folder or is_part:
+    top = model.relative_to(folder).parts[:1] if model.is_relative_to(folder) else ("elsewhere",)
+    if not top or top[0] in (ADAPTER_FOLDER, EARLIER_FOLDER) or top[0].startswith("best-"):
         raise ContrastRMError(
             f"--model_path {model_path} lies in --output_dir {output_dir}, where the run would overwrite it: choose another "
             "--output_dir (to continue a run, keep its first --model_path and set --resume auto)"

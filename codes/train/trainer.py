@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,10 +20,10 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from codes.common.errors import ContrastRMError
+from codes.common.errors import ContrastRMError, optional
 from codes.common.records import write_text
 from codes.common.scoring import is_out_of_memory
-from codes.train.checkpoints import disk_errors, list_checkpoints, load_checkpoint, save_checkpoint
+from codes.train.checkpoints import CONTINUE, disk_errors, list_checkpoints, load_checkpoint, save_checkpoint
 from codes.train.data_utils import Group, MicroBatch, collate_groups, group_tensors, pack_groups, shard_step
 from codes.train.divergence import group_lines, write_nan_report
 from codes.train.objective import Objective
@@ -81,6 +82,8 @@ class Trainer:
         stop: Where a request to stop is noted.
         trackers: Are told what the log is told.
         token_budget: What checkpoints record of a budget that was chosen by itself; JSON.
+        save_model: Saves the finished model; called after the last step, before anything else that follows it. Every rank
+            calls it.
     """
 
     def __init__(
@@ -112,6 +115,7 @@ class Trainer:
         stop: StopSignals | None = None,
         trackers: Trackers | None = None,
         token_budget: Mapping[str, Any] | None = None,
+        save_model: Callable[[], object] = lambda: None,
     ) -> None:
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
         self.groups, self.objective, self.schedule = groups, objective, schedule
@@ -130,6 +134,7 @@ class Trainer:
         self.saved_step, self._saved_at = 0, time.monotonic()
         self.trackers = trackers or Trackers([], output_dir)
         self.watch: Watch | None = None
+        self.save_model = save_model
 
     def watch_with(self, watch: Watch) -> None:
         """Evaluate on held-out data between the steps."""
@@ -175,12 +180,21 @@ class Trainer:
                 self.step += 1
                 tokens = self._tokens_of(plan[self.step - 1])
                 seconds = time.perf_counter() - started
-                self._write_log(entry | {"tokens": tokens, "seconds": round(seconds, 4)})
+                is_last = self.step == len(plan)
+                if is_last:
+                    # Before anything that can fail.
+                    self.save_model()
+                self._write_log(entry | {"tokens": tokens, "seconds": round(seconds, 4)}, is_last=is_last)
                 bar.set_postfix(step=f"{self.step}/{len(plan)}", loss=f"{entry['train/loss']:.4f}")
                 if self.watch is not None:
-                    self.watch.after_step(self.step, entry["epoch"], is_last=self.step == len(plan))
-                if self.step < len(plan) and self._is_checkpoint_due():
+                    # Of several ranks one that goes on alone would leave the others waiting for ever.
+                    is_alone = self.accelerator.num_processes == 1
+                    with optional("the last evaluation") if is_last and is_alone else nullcontext():
+                        self.watch.after_step(self.step, entry["epoch"], is_last=is_last)
+                if not is_last and self._is_checkpoint_due():
                     self.save_checkpoint()
+        if self.step < len(plan):
+            self.save_model()  # stopped early
 
     def stop_if_asked(self) -> None:
         """Between two steps, on all ranks together: end the run where a signal has asked any of them to.
@@ -325,11 +339,11 @@ class Trainer:
     def _names(self, step_groups: Sequence[int]) -> str:
         return ", ".join(self.groups[index].record_id for index in step_groups[:8])
 
-    def _write_log(self, entry: dict[str, Any]) -> None:
+    def _write_log(self, entry: dict[str, Any], *, is_last: bool) -> None:
         self.log.append(entry)
         if self.accelerator.is_main_process and (self.step % self.logging_steps == 0 or self.step == 1):
             with (
-                disk_errors(LOG_FILE, "free some space, then continue with --resume auto (RESUME=auto)"),
+                optional(LOG_FILE) if is_last else disk_errors(LOG_FILE, CONTINUE),
                 (self.output_dir / LOG_FILE).open("a", encoding="utf-8") as handle,
             ):
                 handle.write(json.dumps(entry) + "\n")

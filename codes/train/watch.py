@@ -19,10 +19,12 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from codes.common.cli import natural_or_auto
+from codes.common.errors import optional
 from codes.common.records import write_text
 from codes.common.reporting import number, rate_cell
 from codes.common.scoring import Scorer
 from codes.train.best_checkpoint import BestFolder, Ranking
+from codes.train.checkpoints import CONTINUE, disk_errors
 from codes.train.held_out import HeldOutRecords, HeldOutSet, held_out_metrics
 from codes.train.tracking import Trackers
 
@@ -117,13 +119,13 @@ class Watch:
     def after_step(self, step: int, epoch: float, *, is_last: bool) -> None:
         """Evaluate if it is time."""
         if step % self.every == 0 or is_last:
-            self._evaluate(step, epoch)
+            self._evaluate(step, epoch, is_last=is_last)
             if self.should_stop and not is_last and self.accelerator.is_main_process:
                 tqdm.write(
                     f"stopped early: {self.patience} evaluations without a better one than that of step {self.best_step}"
                 )
 
-    def _evaluate(self, step: int, epoch: float) -> None:
+    def _evaluate(self, step: int, epoch: float, *, is_last: bool = False) -> None:
         if self.evaluations and self.evaluations[-1]["step"] == step:
             return
         scored = self.scorer.score_texts(self.held_out.texts, f"evaluating (step {step})")
@@ -133,13 +135,15 @@ class Watch:
         before = self.best_step
         self.evaluations.append(entry)
         is_best = self.best_step == step and before != step
-        if is_best:
+        # After the last step the run's folder holds these weights already.
+        if is_best and not is_last:
             self.folder.write(step, self.save, entry, is_main=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
-            if is_best:
-                self.folder.keep_only(step, self.step_in_checkpoint)
-            with (self.output_dir / EVAL_LOG_FILE).open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps(entry) + "\n")
+            with optional(EVAL_LOG_FILE) if is_last else disk_errors(EVAL_LOG_FILE, CONTINUE):
+                if is_best and not is_last:
+                    self.folder.keep_only(step, self.step_in_checkpoint)
+                with (self.output_dir / EVAL_LOG_FILE).open("a", encoding="utf-8") as handle:
+                    handle.write(json.dumps(entry) + "\n")
             self.trackers.log(metrics | {"epoch": epoch}, step)
             tqdm.write(f"step {step}: {describe(entry)}{'; the best so far' if is_best else ''}")
         self.accelerator.wait_for_everyone()
@@ -195,7 +199,7 @@ def held_out_summary(
     Args:
         adopted_step: The step whose weights the final folder holds; None: the last one's.
     """
-    if data is None or held_out is None or watch is None:
+    if data is None or held_out is None or watch is None or not watch.evaluations:
         return {}
     last, best = watch.evaluations[-1], watch.best
     saved = next((entry for entry in watch.evaluations if entry["step"] == adopted_step), last)
