@@ -124,8 +124,9 @@ run_ranks() {
     exit 0
   fi
   local status=0 told name
-  if ! RANKS_FILE="$(mktemp)"; then
+  if ! { RANKS_FILE="$(mktemp)" && echo "launcher $$" >"$RANKS_FILE"; }; then
     echo "$(basename -- "$0"): no temporary file can be made in ${TMPDIR:-/tmp}: free some space, or set TMPDIR to a folder with more" >&2
+    rm -f "$RANKS_FILE"
     exit 2
   fi
   for name in TERM USR1; do

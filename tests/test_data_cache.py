@@ -89,9 +89,9 @@ def test_bias_and_margin_stay_with_their_answer_when_another_one_is_too_long(
     assert group.texts == tuple(short)
     assert (group.bias_types, group.margins) == (("length", "authority"), (2.0, 4.0))
     # The same where other answers were not wanted.
-    row |= {"rejected": answers[::-1], "bias_type": ["authority", None, None, "beauty"]}
+    row |= {"rejected": ["Lyon", "the cat", answers[0], "Paris"], "bias_type": ["authority", "beauty", None, None]}
     cache = load(write_rows("b.jsonl", [row]), tmp_path / "cache", max_length=60, negatives="original")
-    assert [(one.texts, one.bias_types, one.margins) for one in cache] == [((short[0], short[2]), (None,), (3.0,))]
+    assert [(one.texts, one.bias_types, one.margins) for one in cache] == [((short[1], short[2]), (None,), (4.0,))]
 
 
 def test_an_encoders_segments_are_kept(write_rows: WriteRows, many_rows: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
@@ -742,6 +743,16 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
     path = tmp_path / "bom.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + b'{"question": "why?", "chosen": "so", "rejected": "no"}\n')
     assert read_preference_file(path)[0][0].question == "why?"
+
+
+def test_columns_that_json_cannot_hold_are_named(tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    for value in (b"\x00", datetime.date(2026, 1, 1), float("nan")):
+        table = pyarrow.Table.from_pylist([GOOD | {"when": value}])
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+        with pytest.raises(ContrastRMError, match=r"a\.parquet:1: field 'when'.*what JSON can hold"):
+            read_preference_file(tmp_path / "a.parquet")
 
 
 # --- one by one ---------------------------------------------------------------------------------------------------------

@@ -583,7 +583,11 @@ def parse_preference_row(
     _check_no_echo(path, line, chosen, rejected)
     extra = {key: value for key, value in row.items() if key not in PREFERENCE_KEYS}
     for key, value in extra.items():
-        _check_encodable(path, line, key, json.dumps({key: value}, ensure_ascii=False))
+        try:
+            text = json.dumps({key: value}, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError) as error:  # of a Parquet file: bytes, dates, NaN
+            raise RecordError(path, line, key, value, f"what JSON can hold ({error}); leave the column out") from error
+        _check_encodable(path, line, key, text)
     record = PreferenceRecord(
         id="",
         messages=messages,
