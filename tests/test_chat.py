@@ -176,6 +176,21 @@ def test_a_cut_answer_is_noticed_under_both_policies(make: Callable[[], PreTrain
     assert cut("left", len(ids) - len(prompt) - 10)
 
 
+@pytest.mark.parametrize("make", CHAT_TOKENIZERS)
+def test_an_answer_is_cut_with_its_first_token_and_not_before(make: Callable[[], PreTrainedTokenizerFast]) -> None:
+    tokenizer = make()
+    ids = full_ids(tokenizer, SINGLE, ANSWER)
+    prompt = tokenizer.apply_chat_template(SINGLE, tokenize=True, return_dict=False)
+    whole = tokenizer.apply_chat_template([*SINGLE, {"role": "assistant", "content": ANSWER}], tokenize=False)
+    opening = whole[len(tokenizer.apply_chat_template(SINGLE, tokenize=False)) :].partition("because")[0]
+    n_prompt = len(prompt) + len(tokenizer(opening, add_special_tokens=False)["input_ids"])
+    n_bos = int(tokenizer.bos_token_id is not None)
+    for n_lost, is_cut in ((n_prompt, False), (n_prompt + 1, True)):
+        limit = len(ids) - n_lost + n_bos  # the leading BOS stays
+        encoded = encode_one(ChatFormatter(tokenizer, max_length=limit, overlength="left"), SINGLE, ANSWER)
+        assert list(encoded.input_ids[n_bos:]) == ids[n_lost:] and encoded.answer_cut is is_cut
+
+
 def test_drop_empties_and_error_stops() -> None:
     tokenizer = qwen_tokenizer()
     short, long = Conversation(SINGLE, "because"), Conversation(SINGLE, ANSWER)

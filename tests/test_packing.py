@@ -46,7 +46,7 @@ from transformers import (
 from codes.common import packed_attention as attention
 from codes.common.chat import ChatFormatter, Conversation
 from codes.common.errors import ContrastRMError
-from codes.common.packing import build_pack, plan_packs, shared_tokens
+from codes.common.packing import balance, build_pack, plan_packs, shared_tokens
 from codes.common.scoring import Scorer, resolve_packing
 from codes.train.engine import confirm_packing
 from codes.train.reward_model import RewardModel
@@ -215,6 +215,19 @@ def test_a_plan_takes_every_text_once_and_keeps_the_budget(
     assert len(packs) <= len(sequences)
 
 
+def test_the_largest_pack_comes_first() -> None:
+    # Sorted by their tokens they lie from the smallest pack to the largest.
+    sequences = [[first] * length for first, length in ((1, 10), (2, 20), (3, 40), (4, 60))]
+    assert plan_packs(sequences, 60, share=False) == [[3], [2], [0, 1]]
+
+
+def test_bins_are_balanced_by_what_they_cost() -> None:
+    assert balance([5, 4, 3, 2], 2) == [[0, 3], [1, 2]]
+    # One heavy item outweighs all others.
+    assert balance([9, 1, 1, 1, 1], 2) == [[0], [1, 2, 3, 4]]
+    assert balance([9, 1, 1, 1, 1], 2, max_items=3) == [[0, 4], [1, 2, 3]]
+
+
 def test_the_answers_of_a_question_stay_together_where_they_fit() -> None:
     groups = [group(seed, 60, (20, 20, 20, 20)) for seed in range(12)]
     order = np.random.default_rng(0).permutation(48).tolist()
@@ -290,6 +303,29 @@ def test_float32_keeps_to_its_rounding(kind: str) -> None:
         alone = one_by_one(model, sequences)
         limit = 1e-5 * max(1.0, float(alone.std()))
         torch.testing.assert_close(packed(model, sequences), alone, atol=limit, rtol=0)
+
+
+def test_merging_shared_parts_adds_no_error_to_that_of_float32() -> None:
+    # Sixty texts, each of which goes on where the one before it ends: the last one's attention is merged from sixty parts.
+    base = draw(np.random.default_rng(0), 240)[0]
+    layout = build_pack([base[: 4 * count] for count in range(1, 61)], min_shared=1).layout
+    errors = {"segments": 0.0, "dense": 0.0}
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        parts = [torch.randn((1, 4, layout.n_tokens, 16), generator=generator) for _ in range(3)]
+        exact = attention.packed_attention(*(part.double() for part in parts), layout, backend="dense", scale=0.5)
+        for backend in errors:
+            found = attention.packed_attention(*parts, layout, backend=backend, scale=0.5)
+            errors[backend] += float((found.double() - exact).norm() / exact.norm())
+    assert errors["segments"] < errors["dense"]
+
+
+def test_attention_in_chunks_is_refused_by_name() -> None:
+    model = make_model("llama")
+    model.backbone.config.attention_chunk_size = 16
+    assert model.enable_packing() == "its attention works in chunks"
+    with pytest.raises(ContrastRMError, match="not possible with this model: its attention works in chunks"):
+        resolve_packing(model, "shared")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

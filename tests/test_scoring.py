@@ -31,7 +31,7 @@ from transformers import (
 
 from codes.common.chat import ChatFormatter, Conversation, EncodedText
 from codes.common.errors import ContrastRMError
-from codes.common.rope import RopeLimit
+from codes.common.rope import RopeLimit, rope_limit
 from codes.common.scoring import Scorer, collate_texts, plan_batches
 from codes.train.reward_model import RewardModel, load_reward_model
 from tests.conftest import REPO_ROOT, chatml_tokenizer, llama_tokenizer, qwen_tokenizer, spread, tiny_config
@@ -394,3 +394,17 @@ def test_rotary_embeddings_that_follow_the_length_do_not_see_the_neighbours(
     np.testing.assert_allclose(together.scores, alone, rtol=0, atol=1e-5)
     assert plan_batches([40, 39, 24, 6], 1000, RopeLimit(24, one_by_one=False)) == [[0, 1], [2, 3]]
     assert plan_batches([40, 39, 24, 6], 1000, RopeLimit(24, one_by_one=True)) == [[0], [1], [2, 3]]
+
+
+def test_of_several_rotary_limits_the_shortest_holds() -> None:
+    # As Gemma 3 has it: kinds of layers with an embedding each.
+    config = tiny_config(97, num_labels=1)
+    parameters = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [8.0] * 4, "rope_theta": 10000.0}
+    config.rope_parameters = {
+        kind: parameters | {"original_max_position_embeddings": tokens}
+        for kind, tokens in (("full_attention", 48), ("sliding_attention", 24))
+    }
+    limit = rope_limit(config)
+    assert limit == RopeLimit(24, one_by_one=True)
+    # Between the limits some layers have changed their frequencies and some have not.
+    assert plan_batches([60, 40, 30, 24, 6], 1000, limit) == [[0], [1], [2], [3, 4]]
