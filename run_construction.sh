@@ -37,14 +37,14 @@ JUDGE_MAX_NEW_TOKENS="${JUDGE_MAX_NEW_TOKENS:-}"   # of a verdict, reasoning inc
 CONCURRENCY="${CONCURRENCY:-16}"
 MAX_ATTEMPTS="${MAX_ATTEMPTS:-6}"                  # per request
 REQUEST_TIMEOUT="${REQUEST_TIMEOUT:-120}"          # seconds
-# Budget of each step in one run; answers found in the ledger cost nothing. Empty: no limit.
+# Budget of one launch, over all its steps; answers found in the ledger cost nothing. Empty: no limit.
 MAX_REQUESTS="${MAX_REQUESTS:-}"
 MAX_TOKENS_BUDGET="${MAX_TOKENS_BUDGET:-}"         # prompt and completion tokens together
 MAX_COST="${MAX_COST:-}"                           # needs both prices
 PRICE_IN="${PRICE_IN:-}"                           # per million prompt tokens, in any currency
 PRICE_OUT="${PRICE_OUT:-}"                         # per million completion tokens
-JUDGE_PRICE_IN="${JUDGE_PRICE_IN:-$PRICE_IN}"      # of JUDGE_MODEL
-JUDGE_PRICE_OUT="${JUDGE_PRICE_OUT:-$PRICE_OUT}"
+JUDGE_PRICE_IN="${JUDGE_PRICE_IN:-}"               # of JUDGE_MODEL, where that is another model
+JUDGE_PRICE_OUT="${JUDGE_PRICE_OUT:-}"
 REQUESTS_PER_MINUTE="${REQUESTS_PER_MINUTE:-}"
 TOKENS_PER_MINUTE="${TOKENS_PER_MINUTE:-}"
 ESTIMATE="${ESTIMATE:-0}"                          # 1: print requests, tokens and cost of each step; ask nothing
@@ -62,6 +62,13 @@ case "$GENERATOR" in
 esac
 [[ "$GENERATOR" == api || -z "$JUDGE_MODEL" ]] ||
   refuse "JUDGE_MODEL=$JUDGE_MODEL with GENERATOR=embedded: the embedded server has one model. Leave JUDGE_MODEL empty."
+
+if [[ -z "$JUDGE_MODEL" || "$JUDGE_MODEL" == "$API_MODEL" ]]; then
+  JUDGE_PRICE_IN="${JUDGE_PRICE_IN:-$PRICE_IN}" JUDGE_PRICE_OUT="${JUDGE_PRICE_OUT:-$PRICE_OUT}"
+fi
+# Found out by the last step, it would be too late for what the others have cost.
+[[ -z "$MAX_COST" || -z "$PRICE_IN" || (-n "$JUDGE_PRICE_IN" && -n "$JUDGE_PRICE_OUT") ]] ||
+  refuse "MAX_COST needs the prices of JUDGE_MODEL=$JUDGE_MODEL too: set JUDGE_PRICE_IN and JUDGE_PRICE_OUT."
 
 # Rules write the template strategy; a model comes in only where one was asked for.
 uses_model=1
@@ -127,6 +134,9 @@ judge_flags+=(--temperature "$JUDGE_TEMPERATURE")
 write_flags=(--temperature "$TEMPERATURE" --max_new_tokens "$MAX_NEW_TOKENS" --seed "$SEED" ${writer_flags[@]+"${writer_flags[@]}"})
 
 exit_code=0
+# The steps of this launch share its budget: each finds what the others have spent under this name.
+CONTRASTRM_LAUNCH="$(date +%s).$$"
+export CONTRASTRM_LAUNCH
 
 # Args: the module's name, then its flags.
 construct() {

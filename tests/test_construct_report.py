@@ -130,6 +130,41 @@ def test_an_estimate_of_the_whole_run_sends_nothing(tmp_path: Path) -> None:
     assert done.stdout.count("cost: 0.") == 3 and not (tmp_path / "train.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("limit", "flag"), [({"MAX_REQUESTS": "12"}, "--max_requests 12"), ({"MAX_COST": "0.032"}, "--max_cost 0.032")]
+)
+def test_all_steps_of_a_launch_share_one_budget(limit: dict[str, str], flag: str, tmp_path: Path) -> None:
+    """Writing 5 records takes 10 calls at 44 millionths, judging them 10 at 10,000 millionths each."""
+    write_rows(tmp_path / "in.jsonl", sample_rows(5))
+    # The judge is dear and its answers are short; a fresh budget for each step would let four of them through.
+    judge = {"JUDGE_MODEL": "judge", "JUDGE_PRICE_IN": "0", "JUDGE_PRICE_OUT": "3333.34", "JUDGE_MAX_NEW_TOKENS": "3"}
+    with ChatServer(write_well) as server:
+        knobs = {"OPENAI_API_KEY": KEY, "API_MODEL": "writer", "API_BASE_URL": server.base_url} | judge | PRICES
+        done = launch(tmp_path, CONCURRENCY="1", **knobs, **limit)
+        asked = Counter(body["model"] for body in server.requests)
+        assert done.returncode == 2 and f"{flag} (" in done.stderr and "10 calls of it earlier" in done.stderr
+        assert asked == {"writer": 10, "judge": 2 if "MAX_REQUESTS" in limit else 3}
+        # The same command has a new budget, and the answers of the first one are free.
+        again = launch(tmp_path, CONCURRENCY="1", **knobs, MAX_REQUESTS="8")
+        assert again.returncode == 0, again.stderr
+        assert len(server.requests) == 20
+    spent = json.loads((tmp_path / "work" / "launch.json").read_text())["spent"]
+    assert spent["n_calls"] == 20 - asked.total()
+
+
+def test_a_judge_has_its_own_prices_or_none(tmp_path: Path) -> None:
+    """The writer's would be a wrong figure, told after the money is spent."""
+    write_rows(tmp_path / "in.jsonl", sample_rows(2))
+    with ChatServer(write_well) as server:
+        knobs = {"OPENAI_API_KEY": KEY, "API_MODEL": "writer", "API_BASE_URL": server.base_url, "JUDGE_MODEL": "judge"}
+        done = launch(tmp_path, **knobs, **PRICES, MAX_COST="1")
+        assert done.returncode == 2 and "JUDGE_PRICE_IN" in done.stderr and not server.requests
+        assert launch(tmp_path, **knobs, **PRICES).returncode == 0
+    usage = report_of(tmp_path)["summary"]["usage"]
+    assert usage["by_step"]["verify_correctness"]["cost"] is None and usage["total"]["cost"] is None
+    assert usage["by_step"]["gptout"]["cost"] == pytest.approx(4 * 44e-6)
+
+
 def test_an_embedded_generator_has_no_second_judge(tmp_path: Path) -> None:
     done = launch(tmp_path, GENERATOR="embedded", JUDGE_MODEL="gpt")
     assert done.returncode == 2 and "JUDGE_MODEL=gpt" in done.stderr

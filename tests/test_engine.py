@@ -494,6 +494,7 @@ def test_exit_code_and_summary_of_a_step(
         "prompt_tokens": 28,
         "completion_tokens": 12,
         "n_failed_requests": {"http_400": 1},
+        "refused_parameters": [],
         "spent_in_this_run": {
             "n_calls": 5,
             "prompt_tokens": 28,

@@ -551,6 +551,26 @@ def test_rules_can_be_judged_too_and_a_judge_of_its_own_texts_is_named(
     assert "warning: the judge editor wrote these texts itself" in capsys.readouterr().err
 
 
+def test_writer_and_judge_are_paid_at_their_own_prices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(tmp_path / "pairs.jsonl", rows_of(2))
+    prices = ["--price_in", "1", "--price_out", "2"]
+    dear = ["--judge_price_in", "100", "--judge_price_out", "200"]
+    more = {"bias_types": "length", "consistency": "on"}
+    with ChatServer(edit_well) as server:
+        with pytest.raises(ContrastRMError, match="--max_cost needs the prices of judge too"):
+            build_eval_pairs.main(flags(tmp_path, server, *prices, "--max_cost", "1", **more))
+        assert not server.requests
+        with pytest.raises(SystemExit):
+            build_eval_pairs.main(flags(tmp_path, server, *prices, "--estimate", **more))
+        assert "cost: unknown" in capsys.readouterr().out.split("estimate for verdicts")[1]
+        assert build_eval_pairs.main(flags(tmp_path, server, *prices, *dear, **more)) == 0
+        n_writer = sum(body["model"] == "editor" for body in server.requests)
+        n_judge = len(server.requests) - n_writer
+    assert (n_writer, n_judge) == (4, 4)
+    # The server says 7 + 3 tokens an answer.
+    assert section_of(tmp_path)["spent_in_this_run"]["cost"] == pytest.approx((4 * 13 + 4 * 1300) / 1e6)
+
+
 # --- what goes wrong ----------------------------------------------------------------------------------------------------
 
 

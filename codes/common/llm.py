@@ -114,7 +114,7 @@ class CompletionRequest:
 
     def need(self) -> Need:
         """The tokens that it may use."""
-        return Need.of([str(message["content"]) for message in self.messages], self.max_tokens)
+        return Need.of([str(message["content"]) for message in self.messages], self.max_tokens, self.model)
 
 
 def request_key(request: CompletionRequest, endpoint: str) -> str:

@@ -10,6 +10,7 @@ import asyncio
 import heapq
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -46,19 +47,21 @@ class Need:
         prompt_tokens: Upper bound: one token a byte (no byte-level tokenizer makes more) and some a message.
         likely_prompt_tokens: One token in four characters.
         completion_tokens: Upper bound, the request's own.
+        model: Whose prices it has.
     """
 
     prompt_tokens: int
     likely_prompt_tokens: int
     completion_tokens: int
+    model: str = ""
 
     @classmethod
-    def of(cls, contents: list[str], max_tokens: int) -> Need:
+    def of(cls, contents: list[str], max_tokens: int, model: str = "") -> Need:
         """The need of a request with these message texts."""
         n_bytes = sum(len(content.encode("utf-8", "replace")) for content in contents)
         likely = sum(len(content) for content in contents) // CHARACTERS_A_TOKEN
         overhead = TOKENS_A_MESSAGE * len(contents)
-        return cls(n_bytes + overhead, likely + overhead, max_tokens)
+        return cls(n_bytes + overhead, likely + overhead, max_tokens, model)
 
     def usage(self) -> Usage:
         """The upper bound as a usage."""
@@ -73,7 +76,7 @@ class Spending:
         n_calls: Calls sent, attempts included.
         prompt_tokens: As the server counted them; of ``n_unknown_usage`` calls the upper bound.
         n_unknown_usage: Calls that broke after they were sent, or whose answer told no usage.
-        cost: In the currency of the prices; None without prices.
+        cost: In the currency of the prices; None where a call had no price.
     """
 
     n_calls: int = 0
@@ -87,8 +90,37 @@ class Spending:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Price:
+    """Of a million tokens, in any one currency."""
+
+    prompt: float
+    completion: float
+
+    @classmethod
+    def of(
+        cls, price_in: float | None, price_out: float | None, flags: str = "--price_in and --price_out"
+    ) -> Price | None:
+        """None without prices.
+
+        Raises:
+            ContrastRMError: One of them alone.
+        """
+        if (price_in is None) != (price_out is None):
+            raise ContrastRMError(f"a cost needs both prices: give {flags} (per million tokens)")
+        return None if price_in is None or price_out is None else cls(price_in, price_out)
+
+    def cost_of(self, usage: Usage) -> float:
+        """What a usage costs."""
+        return (usage.prompt_tokens * self.prompt + usage.completion_tokens * self.completion) / 1e6
+
+
 class Budget:
-    """What one run may spend: reserved at its upper bound before a call, settled after it."""
+    """What one launch may spend: reserved at its upper bound before a call, settled after it.
+
+    Attributes:
+        spent: By this command.
+    """
 
     def __init__(
         self,
@@ -98,6 +130,8 @@ class Budget:
         max_cost: float | None = None,
         price_in: float | None = None,
         price_out: float | None = None,
+        model_prices: Mapping[str, Price | None] | None = None,
+        earlier: Spending | None = None,
     ) -> None:
         """Check the limits.
 
@@ -107,51 +141,89 @@ class Budget:
             max_cost: In the currency of the prices.
             price_in: Per million prompt tokens.
             price_out: Per million completion tokens.
+            model_prices: Of models that have others; None: unknown.
+            earlier: What earlier commands of the launch have spent of the same limits.
 
         Raises:
             ContrastRMError: A limit on the cost without prices, or one price alone.
         """
-        if (price_in is None) != (price_out is None) or (max_cost is not None and price_in is None):
-            raise ContrastRMError("a cost needs both prices: give --price_in and --price_out (per million tokens)")
+        self._price = Price.of(price_in, price_out)
+        self._model_prices = dict(model_prices or {})
+        self._earlier = earlier or Spending(cost=0.0)
+        if max_cost is not None and self._price is None:
+            raise ContrastRMError("--max_cost needs prices: give --price_in and --price_out (per million tokens)")
+        unknown = [model for model, price in self._model_prices.items() if price is None]
+        if max_cost is not None and (unknown or self._earlier.cost is None):
+            what = f"of {', '.join(unknown)}" if unknown else "in the earlier commands of the launch"
+            raise ContrastRMError(f"--max_cost needs the prices {what} too: give them, or leave --max_cost out")
         self._max_requests, self._max_tokens, self._max_cost = max_requests, max_tokens, max_cost
-        self._price_in, self._price_out = price_in, price_out
-        self._reserved = Usage(0, 0)
-        self.spent = Spending(cost=None if price_in is None else 0.0)
+        self._used: dict[str, Usage] = {}
+        self._reserved: dict[str, Usage] = {}
+        self.spent = Spending(cost=None if self._price is None and not any(self._model_prices.values()) else 0.0)
 
-    def cost_of(self, usage: Usage) -> float | None:
-        """The price of a usage; None without prices."""
-        if self._price_in is None or self._price_out is None:
-            return None
-        return (usage.prompt_tokens * self._price_in + usage.completion_tokens * self._price_out) / 1e6
+    def cost_of(self, usage: Usage, model: str = "") -> float | None:
+        """The price of a model's usage; None where its prices are unknown."""
+        price = self._model_prices.get(model, self._price)
+        return None if price is None else price.cost_of(usage)
+
+    def _cost_of_all(self, *usages: Mapping[str, Usage]) -> float | None:
+        costs = [self.cost_of(usage, model) for some in usages for model, usage in some.items()]
+        known = [cost for cost in costs if cost is not None]
+        return sum(known) if len(known) == len(costs) else None
 
     def limit_in_the_way(self, need: Need) -> str | None:
         """The limit that a further call could break, as text that names its flag; None where there is none."""
-        spent = self.spent
-        if self._max_requests is not None and spent.n_calls + 1 > self._max_requests:
-            return f"--max_requests {self._max_requests} (sent: {spent.n_calls})"
-        usage = _sum(_sum(Usage(spent.prompt_tokens, spent.completion_tokens), self._reserved), need.usage())
-        n_spent = spent.prompt_tokens + spent.completion_tokens
-        if self._max_tokens is not None and usage.prompt_tokens + usage.completion_tokens > self._max_tokens:
-            return f"--max_tokens {self._max_tokens} (used: {n_spent}; the next call may need more than is left)"
-        cost = self.cost_of(usage)
-        if self._max_cost is not None and cost is not None and cost > self._max_cost:
-            return f"--max_cost {self._max_cost:g} (spent: {spent.cost:.4f}; the next call may cost more than is left)"
-        return None
+        total = self.total()
+        before = f", {self._earlier.n_calls} calls of it earlier in this launch" if self._earlier.n_calls else ""
+        if self._max_requests is not None and total.n_calls + 1 > self._max_requests:
+            return f"--max_requests {self._max_requests} (sent: {total.n_calls}{before})"
+        held = [*self._reserved.values(), need.usage()]
+        n_spent = total.prompt_tokens + total.completion_tokens
+        n_most = n_spent + sum(usage.prompt_tokens + usage.completion_tokens for usage in held)
+        if self._max_tokens is not None and n_most > self._max_tokens:
+            return (
+                f"--max_tokens {self._max_tokens} (used: {n_spent}{before}; the next call may need more than is left)"
+            )
+        held_cost = self._cost_of_all(self._reserved, {need.model: need.usage()})
+        if (
+            self._max_cost is None
+            or held_cost is None
+            or total.cost is None
+            or total.cost + held_cost <= self._max_cost
+        ):
+            return None
+        return (
+            f"--max_cost {self._max_cost:g} (spent: {total.cost:.4f}{before}; the next call may cost more than is left)"
+        )
+
+    def total(self) -> Spending:
+        """What the launch has spent so far."""
+        earlier, spent = self._earlier, self.spent
+        unknown = earlier.cost is None or spent.cost is None
+        return Spending(
+            earlier.n_calls + spent.n_calls,
+            earlier.prompt_tokens + spent.prompt_tokens,
+            earlier.completion_tokens + spent.completion_tokens,
+            earlier.n_unknown_usage + spent.n_unknown_usage,
+            None if unknown else (earlier.cost or 0.0) + (spent.cost or 0.0),
+        )
 
     def reserve(self, need: Need) -> None:
         """Count a call as sent and set its upper bound aside."""
         self.spent.n_calls += 1
-        self._reserved = _sum(self._reserved, need.usage())
+        self._reserved[need.model] = _sum(self._reserved.get(need.model, NOT_BILLED), need.usage())
 
     def settle(self, need: Need, usage: Usage | None) -> None:
         """Replace a call's upper bound by what it used; unknown: by the upper bound itself."""
         upper = need.usage()
-        self._reserved = _sum(self._reserved, Usage(-upper.prompt_tokens, -upper.completion_tokens))
+        held = self._reserved[need.model]
+        self._reserved[need.model] = _sum(held, Usage(-upper.prompt_tokens, -upper.completion_tokens))
         used = upper if usage is None else usage
         self.spent.n_unknown_usage += usage is None
         self.spent.prompt_tokens += used.prompt_tokens
         self.spent.completion_tokens += used.completion_tokens
-        self.spent.cost = self.cost_of(Usage(self.spent.prompt_tokens, self.spent.completion_tokens))
+        self._used[need.model] = _sum(self._used.get(need.model, NOT_BILLED), used)
+        self.spent.cost = self._cost_of_all(self._used)
 
 
 def _sum(a: Usage, b: Usage) -> Usage:

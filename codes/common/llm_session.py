@@ -1,18 +1,20 @@
 """Between the commands that ask a chat model and ``codes.common.llm``: the shared flags and the open client.
 
-Reads the environment variables OPENAI_API_KEY (the key; there is no flag for it), API_MODEL, OPENAI_BASE_URL
-and CONTRASTRM_EMBEDDED_SERVER. Used by the construct steps and by the judge, for example ``OPENAI_API_KEY=… python
--m codes.evaluate.judge --help``.
+Reads the environment variables OPENAI_API_KEY (the key; there is no flag for it), API_MODEL, OPENAI_BASE_URL,
+CONTRASTRM_LAUNCH and CONTRASTRM_EMBEDDED_SERVER. Reads and writes ``launch.json`` in the work folder. Used by the construct
+steps and by the judge, for example ``OPENAI_API_KEY=… python -m codes.evaluate.judge --help``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,12 @@ from codes.common.llm import (
     Usage,
     request_key,
 )
-from codes.common.llm_limits import MAX_OUTAGE_SECONDS
-from codes.common.records import Message, ensure_writable_folder
+from codes.common.llm_limits import MAX_OUTAGE_SECONDS, Price, Spending
+from codes.common.records import Message, ensure_writable_folder, write_json
 
 LEDGER_FILE = "ledger.jsonl"
+# What the commands of one launch have spent together.
+LAUNCH_FILE = "launch.json"
 EMBEDDED_SERVER_VARIABLE = "CONTRASTRM_EMBEDDED_SERVER"
 # Measured on two cores: 14 tokens/s one at a time, 48 with 8 at a time; a queue behind them only makes
 # time-outs.
@@ -177,7 +181,7 @@ class Api:
         )
 
     def _price(self, usage: Usage) -> str:
-        cost = self.engine.budget.cost_of(usage)
+        cost = self.engine.budget.cost_of(usage, self.model)
         return "unknown (give --price_in and --price_out)" if cost is None else f"{cost:.4f}"
 
     def _spent_since(self, before: dict[str, Any]) -> str:
@@ -250,7 +254,14 @@ def add_llm_arguments(parser: argparse.ArgumentParser, *, temperature: float | s
         default=MAX_OUTAGE_SECONDS,
         help="stop when no call has succeeded for so long",
     )
-    budget = parser.add_argument_group("budget of this run of the command (answers in the ledger cost nothing)")
+    budget = parser.add_argument_group(
+        "budget of this run of the command, or of its launch (answers in the ledger are free)"
+    )
+    budget.add_argument(
+        "--launch",
+        default=os.environ.get("CONTRASTRM_LAUNCH") or None,
+        help="commands with the same word and --work_dir share one budget; default: $CONTRASTRM_LAUNCH (run_construction.sh)",
+    )
     budget.add_argument("--max_requests", type=positive, help="calls, repeated attempts included")
     budget.add_argument("--max_tokens", type=positive, help="tokens in and out")
     budget.add_argument("--max_cost", type=positive_float, help="in the currency of the prices")
@@ -289,11 +300,13 @@ def open_api(
     max_outage_seconds: float = MAX_OUTAGE_SECONDS,
     retry_failed: bool = False,
     estimate: bool = False,
+    launch: str | None = None,
 ) -> Api:
     """Check key, model and work folder before anything is asked, and take the ledger.
 
     Args:
         no_model: What to say where key or model are missing; ``{missing}`` names the variables.
+        launch: Where given, what the command has spent is added up for the next one of the launch.
 
     Raises:
         ContrastRMError: No key or no model, or the folder is in use or not writable.
@@ -310,6 +323,9 @@ def open_api(
         max_outage_seconds = max(max_outage_seconds, EMBEDDED_REQUEST_TIMEOUT)
     client = LlmClient(api_key=key, base_url=api_base_url, max_attempts=max_attempts, request_timeout=request_timeout)
     ledger = Ledger(ensure_writable_folder(work_dir) / LEDGER_FILE)
+    if launch is not None and budget is not None and not estimate:
+        # Called after the engine has ended, whatever ended it.
+        ledger.call_before_close(partial(_write_launch, Path(work_dir), launch, budget))
     engine = Engine(
         client,
         ledger,
@@ -323,7 +339,29 @@ def open_api(
     return Api(engine, ledger, api_model, temperature, max_new_tokens, concurrency, seed, prompt_version, estimate)
 
 
-def open_api_of(args: argparse.Namespace, *, prompt_version: str, no_model: str) -> Api:
+def _read_launch(work_dir: Path, launch: str | None) -> Spending | None:
+    """What earlier commands of a launch have spent; None where this is the first one."""
+    path = work_dir / LAUNCH_FILE
+    if launch is None or not path.is_file():
+        return None
+    try:
+        row = json.loads(path.read_text(encoding="utf-8"))
+        return Spending(**row["spent"]) if row["launch"] == launch else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ContrastRMError(f"cannot read {path}: {error}; delete it") from error
+
+
+def _write_launch(work_dir: Path, launch: str, budget: Budget) -> None:
+    write_json(work_dir / LAUNCH_FILE, {"launch": launch, "spent": budget.total().to_dict()})
+
+
+def open_api_of(
+    args: argparse.Namespace,
+    *,
+    prompt_version: str,
+    no_model: str,
+    model_prices: Mapping[str, Price | None] | None = None,
+) -> Api:
     """``open_api`` with the flags that ``add_llm_arguments`` added, ``--work_dir`` and ``--seed``."""
     budget = Budget(
         max_requests=args.max_requests,
@@ -331,6 +369,8 @@ def open_api_of(args: argparse.Namespace, *, prompt_version: str, no_model: str)
         max_cost=args.max_cost,
         price_in=args.price_in,
         price_out=args.price_out,
+        model_prices=model_prices,
+        earlier=_read_launch(args.work_dir, args.launch),
     )
     return open_api(
         api_model=args.api_model,
@@ -350,4 +390,5 @@ def open_api_of(args: argparse.Namespace, *, prompt_version: str, no_model: str)
         max_outage_seconds=args.max_outage_seconds,
         retry_failed=args.retry_failed,
         estimate=args.estimate,
+        launch=args.launch,
     )

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from codes.common.biases import BIASES, EVALUABLE, eval_file_name, get_bias
-from codes.common.cli import positive, run
+from codes.common.cli import non_negative_float, positive, run
 from codes.common.errors import ContrastRMError
 from codes.common.judging import (
     MAX_UNREAD,
@@ -47,6 +47,7 @@ from codes.common.judging import (
     judge_temperature,
 )
 from codes.common.llm import ApiError, Completion, Outcome
+from codes.common.llm_limits import Price
 from codes.common.llm_session import parse_temperature
 from codes.common.records import (
     CheckedPreferenceFile,
@@ -805,6 +806,12 @@ def build_parser() -> argparse.ArgumentParser:
         default=judge_max_new_tokens(),
         help="of a verdict, reasoning included; default: $JUDGE_MAX_NEW_TOKENS, else 4096 (16 for the embedded model)",
     )
+    parser.add_argument(
+        "--judge_price_in",
+        type=non_negative_float,
+        help="of a million prompt tokens; default: --price_in, where one model does both",
+    )
+    parser.add_argument("--judge_price_out", type=non_negative_float, help="of a million completion tokens, likewise")
     add_unread_argument(parser)
     parser.add_argument(
         "--cue_gate",
@@ -882,9 +889,11 @@ def main(argv: list[str] | None = None) -> int:
             print("estimate for evaluation pairs: no model is asked; nothing to pay")
             return 0
         return run_step(None)
+    price = Price.of(args.judge_price_in, args.judge_price_out, "--judge_price_in and --judge_price_out")
+    is_other = has_writer and has_judge and judge_model != args.api_model
     if not has_writer:
         args.api_model = judge_model
-    api = open_api_of(args)
+    api = open_api_of(args, model_prices={judge_model: price} if is_other or price is not None else None)
     with api.ledger:
         return run_step(api)
 

@@ -143,7 +143,7 @@ def usage_counts(api: Api | None) -> dict[str, Any]:
     if api is None:
         return {}
     usage = Usage(api.counts.prompt_tokens, api.counts.completion_tokens)
-    return api.summary() | {"cost": api.engine.budget.cost_of(usage)}
+    return api.summary() | {"cost": api.engine.budget.cost_of(usage, api.model)}
 
 
 def injections_of(record: PreferenceRecord) -> list[dict[str, Any]]:
