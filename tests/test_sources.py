@@ -190,14 +190,20 @@ def test_a_folder_of_jsonl_is_read_line_by_line(write_rows: WriteRows, tmp_path:
 
 
 @pytest.mark.parametrize(
-    "names, named", [(("train.jsonl", "train.parquet"), "several formats"), (("train.jsonl", "more.csv"), "more.csv")]
+    "names, named",
+    [
+        (("train.jsonl", "train.parquet"), "several formats"),
+        (("train.jsonl", "train.csv.gz"), "several formats"),
+        (("train.jsonl", "more.csv"), "more.csv"),
+        (("train.jsonl", "part/more.jsonl"), "part/more.jsonl"),
+    ],
 )
 def test_files_of_a_folder_that_would_not_be_read_are_refused(tmp_path: Path, names: Sequence[str], named: str) -> None:
     table = datasets.Dataset.from_list(rows(2))
     for name in names:
-        {".jsonl": table.to_json, ".parquet": table.to_parquet, ".csv": table.to_csv}[Path(name).suffix](
-            tmp_path / name
-        )
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write = {"jsonl": table.to_json, "parquet": table.to_parquet, "csv": table.to_csv}[name.split(".")[1]]
+        write(tmp_path / name)
     [source] = parse_sources(str(tmp_path))
     for use in (identify, read):
         with pytest.raises(ContrastRMError, match=f"{named}.*name the files one by one"):

@@ -53,8 +53,9 @@ from codes.common.records import (
 
 HUB_PREFIX = "hub:"
 PARQUET_SUFFIXES = (".parquet", ".pq")
-# Of files in a folder that surely hold rows.
-DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".csv", ".tsv", ".arrow")
+# Of files in a folder that hold rows.
+DATA_SUFFIXES = (".json", ".jsonl", *PARQUET_SUFFIXES, ".csv", ".tsv", ".arrow")
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip")
 # Rows of a Parquet file or hub set that are held at once.
 ROWS_AT_ONCE = 1024
 # Of a table: what a record says, and what it must not say.
@@ -364,7 +365,9 @@ def _json_files(source: Source) -> list[Path] | None:
 
     with _named_loading(source):
         found = DataFilesDict.from_patterns(get_data_patterns(str(folder)), base_path=str(folder))
-        splits = {str(split): [Path(file) for file in files if _holds_rows(file)] for split, files in found.items()}
+        splits = {
+            str(split): [file for name in names if _format_of(file := Path(name))] for split, names in found.items()
+        }
         if source.split not in splits:
             raise ValueError(f"it has the split(s) {', '.join(splits)} and knows no {source.split!r}")
     wanted = splits[source.split]
@@ -372,7 +375,8 @@ def _json_files(source: Source) -> list[Path] | None:
     outside = [
         file
         for file in sorted(folder.rglob("[!.]*"))
-        if file.name.endswith(DATA_SUFFIXES) and file.resolve() not in taken
+        # A lone .json is as likely a note as data.
+        if _format_of(file) and file.suffix != ".json" and file.resolve() not in taken
     ]
     formats = {_format_of(file) for file in wanted}
     if outside or len(formats) > 1:
@@ -382,14 +386,15 @@ def _json_files(source: Source) -> list[Path] | None:
     return wanted if formats == {"json"} else None
 
 
-def _holds_rows(name: str) -> bool:
-    """Whether a file of a folder is data; what fetching a set has written about it is none."""
-    return name.endswith((*DATA_SUFFIXES, ".json")) and not name.endswith((".meta.json", ".source.json"))
-
-
-def _format_of(file: Path) -> str:
-    suffix = Path(file.name.removesuffix(".gz")).suffix.lower()
-    return "json" if suffix in (".json", ".jsonl") else suffix
+def _format_of(file: Path) -> str | None:
+    """``json`` of what is read here, another name of other data, None of a file without rows."""
+    name = file.name.lower()
+    packed = next((suffix for suffix in COMPRESSED if name.endswith(suffix)), "")
+    suffix = Path(name.removesuffix(packed)).suffix
+    # Of a set: what fetching it has written about it.
+    if suffix not in DATA_SUFFIXES or name.endswith((".meta.json", ".source.json")):
+        return None
+    return "json" if suffix + packed in (".json", ".jsonl", ".jsonl.gz") else suffix + packed
 
 
 @dataclass(frozen=True)
