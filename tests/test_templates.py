@@ -145,6 +145,18 @@ def test_the_doctor_says_whose_template_it_used(tiny_llama_dir: Path, tmp_path: 
     assert [one.status for one in found] == [doctor.PASS, doctor.FAIL] and "the files have none" in found[1].found
 
 
+def test_the_doctor_survives_a_template_that_refuses(
+    tiny_llama_dir: Path, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    one_question = "{% if messages | length > 2 %}{{ raise_exception('one question only') }}{% endif %}"
+    (tmp_path / "own.jinja").write_text(one_question + FAILS)
+    data = write_rows("length_bias.jsonl", [bias_row("boom", "4", "red", "4 b", "red b")]).parent
+    options = {"chat_template": str(tmp_path / "own.jinja"), "data_dir": str(data)}
+    found = {one.check: one for one in doctor.examine(str(tiny_llama_dir), device="cpu", **options)}
+    assert found["generation prompt"].status == doctor.WARN and "one question only" in found["generation prompt"].found
+    assert found["truncation"].status == doctor.FAIL and "4 of 4 texts of" in found["truncation"].found
+
+
 def test_what_cannot_be_a_template_is_refused(tiny_base_dir: Path, train_file: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.jinja").write_text("{% for m in messages %}{{ m['content'] }}")
     (tmp_path / "fails.jinja").write_text("{{ 1 + 'a' }}")

@@ -34,6 +34,7 @@ from codes.common.chat import (
     ChatFormatter,
     Conversation,
     EncodedText,
+    RefusedTexts,
     last_token_ids,
 )
 from codes.common.cli import natural, run
@@ -475,7 +476,10 @@ def check_generation_prompt(patient: Patient) -> Finding:
     prompt = [{"role": "user", "content": question}]
     text = formatter.render(Conversation(prompt, answer))
     go_on = [*prompt, {"role": "assistant", "content": answer}, {"role": "user", "content": "uuMOREuu"}]
-    longer = formatter.render(Conversation(go_on, "xxENDxx"))
+    try:
+        longer = formatter.render(Conversation(go_on, "xxENDxx"))
+    except RefusedTexts as refusal:
+        return Finding(check, WARN, str(refusal), "with this template, give it conversations of one question only")
     opening = text.partition(question)[2].partition(answer)[0]
     tail, between = text.partition(answer)[2], longer.partition(answer)[2].partition("uuMOREuu")[0]
     n_common = next((at for at, pair in enumerate(zip(tail, between, strict=False)) if pair[0] != pair[1]), len(tail))
@@ -586,7 +590,11 @@ def check_length(patient: Patient, data_dir: str | None) -> Finding:
         ]
     if limit is None:
         return Finding(check, PASS, "no limit")
-    whole = ChatFormatter(patient.formatter.tokenizer).encode(conversations)
+    try:
+        whole = ChatFormatter(patient.formatter.tokenizer).encode(conversations)
+    except RefusedTexts as refusal:
+        found = f"{len(refusal.reasons)} of {len(conversations)} {where} are refused: {refusal}"
+        return Finding(check, FAIL, found, "take these rows out, or mend the chat template")
     longest, n = max(len(text.input_ids) for text in whole), len(whole)
     over = [text for text, full in zip(conversations, whole, strict=True) if len(full.input_ids) > limit]
     if not over:
