@@ -368,6 +368,12 @@ def test_the_command(healthy: Path, sick: Path, capsys: pytest.CaptureFixture[st
     assert {check["status"] for check in found["checks"]} == {PASS, FAIL}
 
 
+def test_an_adapter_alone_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    [finding] = examine(tmp_path).values()
+    assert finding.status == FAIL and "examine the merged model" in finding.found
+
+
 def test_a_model_that_is_not_there_is_one_line() -> None:
     done = run_module("codes.evaluate.doctor", "output/nowhere", "--device", "cpu")
     assert done.returncode == 1 and "FAIL  loads, with a head" in done.stdout and "not found" in done.stdout

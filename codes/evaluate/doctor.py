@@ -42,6 +42,7 @@ from codes.common.errors import ContrastRMError
 from codes.common.records import read_bias_file
 from codes.common.scoring import ROUNDING_OF_FLOAT32, ROUNDING_OF_HALF, Scorer, collate_texts
 from codes.evaluate.scorer_setup import choose_device, snapshot_folder
+from codes.train.lora import is_adapter
 from codes.train.reward_model import (
     DTYPES,
     PINNED_DATE,
@@ -170,6 +171,11 @@ def admit(
     Raises:
         ContrastRMError: It cannot be loaded as a reward model, or there is no such device.
     """
+    if is_adapter(model_path):
+        raise ContrastRMError(
+            f"{model_path} holds an adapter alone, which plain transformers does not load as a model: examine the merged model "
+            "(load_reward_model and save_reward_model of codes.train.reward_model make one, as does MERGE_LORA=1)"
+        )
     model, tokenizer = load_reward_model(
         model_path,
         dtype=dtype,
