@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForSequenceClassification, PeftModel
+from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel, LlamaForCausalLM
 
@@ -234,6 +234,32 @@ def test_an_encoder_trains_its_whole_head_with_lora(tmp_path: Path) -> None:
 
 
 # --- what is refused
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"]])
+def test_an_adapter_that_was_trained_with_more_tokens_brings_their_embeddings(
+    targets: list[str], tiny_base_dir: Path, train_file: Path, tmp_path: Path
+) -> None:
+    # As peft and TRL do it: tokens added, the model resized, the adapter and its tokenizer saved.
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base_dir)
+    tokenizer.add_tokens(["wordy", "[PAD]"])
+    tokenizer.pad_token = "[PAD]"
+    torch.manual_seed(3)
+    classifier = AutoModelForSequenceClassification.from_pretrained(tiny_base_dir, num_labels=1)
+    classifier.resize_token_embeddings(len(tokenizer))
+    classifier.config.pad_token_id = tokenizer.pad_token_id
+    config = LoraConfig(task_type="SEQ_CLS", r=4, target_modules=targets, init_lora_weights=False)
+    adapted = get_peft_model(classifier, config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    model, loaded = load_reward_model(str(tmp_path / "adapter"))
+    texts = ["a wordy cat", "red"]
+    batch = loaded(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
+    assert loaded.convert_tokens_to_ids("wordy") in batch["input_ids"]
+    expected = adapted.eval()(**batch).logits.squeeze(-1)
+    torch.testing.assert_close(model(batch["input_ids"], batch["attention_mask"]), expected, atol=1e-5, rtol=0)
+    train_here(tmp_path / "adapter", train_file, tmp_path / "out", "--max_steps", "1")
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
 
 
 def test_adapters_that_cannot_score_are_refused(tiny_base_dir: Path, tmp_path: Path) -> None:

@@ -210,6 +210,23 @@ def base_of_adapter(folder: str | Path) -> str:
     return str(base)
 
 
+def fit_embedding(classifier: PreTrainedModel, folder: str | Path) -> None:
+    """Give a base classifier as many embedding rows as an adapter was trained with, where the adapter brings them along.
+
+    Raises:
+        ContrastRMError: Its weights cannot be read.
+    """
+    embedding = classifier.get_input_embeddings()
+    name = next(name for name, module in classifier.named_modules() if module is embedding)
+    shapes = _saved_shapes(Path(folder).expanduser()).items()
+    rows = [
+        shape[0] for saved, shape in shapes if f".{saved}".endswith((f".{name}.weight", f".{name}.base_layer.weight"))
+    ]
+    if rows and rows[0] != embedding.weight.shape[0]:
+        with embedding.weight.device:
+            classifier.resize_token_embeddings(rows[0], mean_resizing=False)
+
+
 def merge_adapter(classifier: PreTrainedModel, folder: str | Path) -> None:
     """Load an adapter and its score head into a base classifier, in place.
 
@@ -218,13 +235,14 @@ def merge_adapter(classifier: PreTrainedModel, folder: str | Path) -> None:
     """
     folder = Path(folder).expanduser()
     heads = head_modules(classifier)
-    names = _saved_names(folder)
+    names = _saved_shapes(folder)
     absent = [head for head in heads if head != "pooler" and not any(f".{head}." in f".{name}" for name in names)]
     if absent:
         raise ContrastRMError(
             f"the adapter in {folder} was saved without its score head ({', '.join(absent)} missing): its scores would be "
             f"random; train it with modules_to_save={absent}, or give the folder of the merged model"
         )
+    fit_embedding(classifier, folder)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -237,11 +255,11 @@ def merge_adapter(classifier: PreTrainedModel, folder: str | Path) -> None:
         ) from error
 
 
-def _saved_names(folder: Path) -> list[str]:
+def _saved_shapes(folder: Path) -> dict[str, list[int]]:
     file = folder / SAFETENSORS_WEIGHTS_NAME
     try:
         with safe_open(file, "pt") as weights:
-            return list(weights.keys())
+            return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118  # it is no dict
     except (OSError, SafetensorError) as error:
         raise ContrastRMError(f"cannot read {file}: {error}") from error
 

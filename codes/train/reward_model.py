@@ -54,6 +54,7 @@ from codes.train.lora import (
     LoraSettings,
     add_adapter,
     base_of_adapter,
+    fit_embedding,
     is_adapter,
     merge_adapter,
     merged_weights,
@@ -568,6 +569,8 @@ def load_without_weights(
         raise _needs_package(model_path, error) from error
     except ValueError as error:
         raise ContrastRMError(f"cannot load {model_path!r} as a reward model: {error}") from error
+    if adapter is not None:
+        fit_embedding(classifier, adapter)
     _settle_tokenizer(classifier, tokenizer, chat_template, model_path)
     return classifier, tokenizer
 
