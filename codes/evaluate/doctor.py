@@ -42,7 +42,6 @@ from codes.common.errors import ContrastRMError
 from codes.common.records import read_bias_file
 from codes.common.scoring import ROUNDING_OF_FLOAT32, ROUNDING_OF_HALF, Scorer, collate_texts
 from codes.evaluate.scorer_setup import choose_device, snapshot_folder
-from codes.train.lora import is_adapter
 from codes.train.reward_model import (
     DTYPES,
     PINNED_DATE,
@@ -171,11 +170,8 @@ def admit(
     Raises:
         ContrastRMError: It cannot be loaded as a reward model, or there is no such device.
     """
-    if is_adapter(model_path):
-        raise ContrastRMError(
-            f"{model_path} holds an adapter alone, which plain transformers does not load as a model: examine the merged model "
-            "(load_reward_model and save_reward_model of codes.train.reward_model make one, as does MERGE_LORA=1)"
-        )
+    # An adapter alone has no files that plain transformers would load.
+    path = resolve_model_path(model_path)
     model, tokenizer = load_reward_model(
         model_path,
         dtype=dtype,
@@ -185,7 +181,7 @@ def admit(
         chat_template=chat_template,
     )
     limit = max_length or own_length_limit(model.classifier, tokenizer)
-    folder = snapshot_folder(resolve_model_path(model_path))
+    folder = snapshot_folder(path)
     return Patient(
         model,
         ChatFormatter(tokenizer, max_length=limit, overlength=overlength),
