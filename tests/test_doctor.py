@@ -371,7 +371,7 @@ def test_the_command(healthy: Path, sick: Path, capsys: pytest.CaptureFixture[st
 def test_an_adapter_alone_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     [finding] = examine(tmp_path).values()
-    assert finding.status == FAIL and "holds no config.json: give the folder of a saved model" in finding.found
+    assert finding.status == FAIL and "examine the merged model" in finding.found
 
 
 def test_a_model_that_is_not_there_is_one_line() -> None:

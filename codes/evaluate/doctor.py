@@ -170,8 +170,12 @@ def admit(
     Raises:
         ContrastRMError: It cannot be loaded as a reward model, or there is no such device.
     """
-    # An adapter alone has no files that plain transformers would load.
     path = resolve_model_path(model_path)
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise ContrastRMError(
+            f"{model_path} holds an adapter alone, which plain transformers does not load as a model: examine the merged model "
+            "(load_reward_model and save_reward_model of codes.train.reward_model make one, as does MERGE_LORA=1)"
+        )
     model, tokenizer = load_reward_model(
         model_path,
         dtype=dtype,
