@@ -41,7 +41,7 @@ from codes.train.held_out import (
     metric_names,
     split_questions,
 )
-from codes.train.losses import contrastive_loss
+from codes.train.objective import Objective
 from codes.train.reward_model import load_reward_model
 from codes.train.sources import parse_sources
 from codes.train.train_reward_model import main
@@ -218,12 +218,9 @@ def formatter(tiny_base_dir: Path) -> ChatFormatter:
     return ChatFormatter(tokenizer, max_length=512, overlength="drop")
 
 
-def loss_of(scores: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    return contrastive_loss(scores, sizes, 1.0)
-
-
-def metrics_of(held_out: HeldOutSet, scores: list[float], negatives: str = "all") -> dict[str, Any]:
-    return held_out_metrics(held_out, np.array(scores, dtype=np.float32), loss=loss_of, negatives=negatives)
+def metrics_of(held_out: HeldOutSet, scores: list[float]) -> dict[str, Any]:
+    loss = Objective("contrastive", 1.0, 1.0).group_losses
+    return held_out_metrics(held_out, np.array(scores, dtype=np.float32), loss=loss)
 
 
 def test_metrics_by_hand(formatter: ChatFormatter) -> None:
@@ -255,12 +252,63 @@ def test_metrics_by_hand(formatter: ChatFormatter) -> None:
     chosen_last = [[1, 3, 0, 2], [1, 2, 0, 2], [1, -1, -1, 0], [1, 2, 3, 5], [1, 0, 1]]
     losses = [-row[-1] + math.log(sum(math.exp(score) for score in row)) for row in chosen_last]
     assert metrics["eval/loss"] == pytest.approx(np.mean(losses), rel=1e-5)
-    original = metrics_of(held_out, [float(score) for score in scores], "original")
+    plain = encode_held_out(HeldOutRecords(records, None, {}), formatter, negatives="original")
+    original = metrics_of(plain, [float(score) for score in scores])
     pairs = [[1, 2], [1, 2], [1, 0], [1, 0, 1]]
     expected = np.mean([-row[-1] + math.log(sum(math.exp(score) for score in row)) for row in pairs])
     assert original["eval/loss"] == pytest.approx(expected, rel=1e-5) and original["eval/loss_total"] == 4
     assert {name for name in metric_names(held_out) if f"eval/{name}" not in metrics} == set()
     assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
+
+
+EVAL_ON_START = ("--eval_on_start", "1", "--eval_steps", "0", "--max_steps", "1", "--global_batch_size", "11")
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        ("--bias_weights", "length=3,original=0.5", "--bias_margins", "beauty=0.7", "--label_smoothing", "0.1"),
+        ("--mode", "pairwise", "--bias_weights", "length=3", "--centering", "0.1"),
+        ("--mode", "pairwise", "--pairwise_negatives", "first", "--pairwise_loss", "bradley_terry"),
+        ("--row_margins", "ignore", "--negatives", "original"),
+        ("--negatives", "original", "--mode", "pairwise"),
+    ],
+)
+def test_held_out_loss_is_what_is_trained(
+    objective: tuple[str, ...], tiny_base_dir: Path, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The untrained model's loss on held-out records is the first step's loss of a run that trains on them."""
+    rows = many_rows(11)
+    for number, row in enumerate(rows):
+        row["margin"] = [0.5 * number, *[None] * (len(row["rejected"]) - 1)] if number % 2 else 0.25
+    # An answer over the length limit moves its neighbours' biases and margins, and is no first negative.
+    rows[3]["rejected"][0] = "the cat sat on a mat " * 200
+    rows[6]["bias_type"] = ["length", None, "beauty"]
+    held = write_rows("held.jsonl", rows)
+    other = write_rows(
+        "other.jsonl", [row | {"id": f"o{row['id']}", "question": f"is {row['id']} red"} for row in rows]
+    )
+    train_here(tiny_base_dir, other, tmp_path / "a", "--eval_file", str(held), *EVAL_ON_START, *objective)
+    evaluation = read_lines(tmp_path / "a" / "eval_log.jsonl")[0]
+    trained = train_here(tiny_base_dir, held, tmp_path / "b", "--held_out_share", "0", "--max_steps", "1",
+                         "--global_batch_size", "11", *objective)  # fmt: skip
+    assert evaluation["step"] == 0 and trained[0]["n_groups"] == evaluation["eval/loss_total"]
+    assert evaluation["eval/loss"] == pytest.approx(trained[0]["train/loss"], rel=1e-4)
+
+
+def test_held_out_loss_sees_as_many_negatives_as_training(formatter: ChatFormatter) -> None:
+    records = [make_record(number) for number in range(40)]
+    data = HeldOutRecords(records, None, {})
+    scores = [0.0] * 4 * len(records)
+    for most, loss in ((0, math.log(4)), (1, math.log(2)), (2, math.log(3)), (9, math.log(4))):
+        held_out = encode_held_out(data, formatter, max_rejected=most)
+        assert metrics_of(held_out, scores)["eval/loss"] == pytest.approx(loss)
+        assert held_out == encode_held_out(data, formatter, max_rejected=most)
+    # A sample of all positions, and of the answers that count alone.
+    drawn = {group.rejected[0] % 4 for group in encode_held_out(data, formatter, max_rejected=1).as_trained}
+    assert drawn == {1, 2, 3}
+    plain = encode_held_out(data, formatter, negatives="original", max_rejected=1).as_trained
+    assert {group.rejected[0] % 4 for group in plain} == {1}
 
 
 def test_public_format_gives_the_public_rate(write_rows: Callable[..., Path], formatter: ChatFormatter) -> None:

@@ -54,6 +54,7 @@ from codes.common.stats import cluster_rate
 from codes.common.verdicts import Verdict, judge_pair
 from codes.train import sources as sources_module
 from codes.train.data_cache import Aside
+from codes.train.draws import choose_negatives
 from codes.train.sources import Source, identify, read_source
 
 HELD_OUT_FILE = "held_out.jsonl"
@@ -100,17 +101,30 @@ class HeldOutRecords:
 
 @dataclass(frozen=True)
 class HeldOutGroup:
-    """One record; numbers are places in ``HeldOutSet.texts``. ``injected`` is parallel to ``rejected``."""
+    """One record; numbers are places in ``HeldOutSet.texts``.
+
+    ``bias_types`` and ``margins`` are parallel to ``rejected``, as in ``data_utils.Group``.
+    """
 
     question: str
     chosen: int
     rejected: tuple[int, ...]
-    injected: tuple[bool, ...]
+    bias_types: tuple[str | None, ...]
+    margins: tuple[float | None, ...] = ()
 
     @property
     def original(self) -> tuple[int, ...]:
         """The rejected answers without an injected bias."""
-        return tuple(at for at, injected in zip(self.rejected, self.injected, strict=True) if not injected)
+        return tuple(at for at, bias in zip(self.rejected, self.bias_types, strict=True) if bias is None)
+
+    def only(self, positions: Sequence[int]) -> HeldOutGroup:
+        """The group with these of its rejected answers."""
+        return replace(
+            self,
+            rejected=tuple(self.rejected[at] for at in positions),
+            bias_types=tuple(self.bias_types[at] for at in positions),
+            margins=tuple(self.margins[at] for at in positions) if self.margins else (),
+        )
 
 
 @dataclass(frozen=True)
@@ -130,11 +144,16 @@ class BiasPair:
 
 @dataclass(frozen=True)
 class HeldOutSet:
-    """Held-out data as tokens: every text once, and what is compared with what."""
+    """Held-out data as tokens: every text once, and what is compared with what.
+
+    Attributes:
+        as_trained: The groups with the rejected answers that training would see of them: what the loss is taken over.
+    """
 
     texts: list[EncodedText]
     groups: list[HeldOutGroup]
     pairs: list[BiasPair]
+    as_trained: list[HeldOutGroup]
     counts: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -149,6 +168,10 @@ class HeldOutSet:
     def biases(self) -> list[str]:
         """The biases that it measures."""
         return sorted({pair.bias for pair in self.pairs})
+
+
+# Flat scores (N,), group sizes (G,) and the groups -> losses (G,).
+GroupLosses = Callable[[torch.Tensor, torch.Tensor, Sequence[HeldOutGroup]], torch.Tensor]
 
 
 # --- what is held out ---
@@ -405,11 +428,23 @@ def _read_bias_folder(folder: Path, max_bad_rows: int) -> tuple[dict[str, list[B
 # --- tokens ---
 
 
-def encode_held_out(data: HeldOutRecords, formatter: ChatFormatter, *, max_bad_rows: int = 0) -> HeldOutSet:
+def encode_held_out(
+    data: HeldOutRecords,
+    formatter: ChatFormatter,
+    *,
+    negatives: str = "all",
+    first_negative_only: bool = False,
+    max_rejected: int = 0,
+    max_bad_rows: int = 0,
+) -> HeldOutSet:
     """Tokenise held-out data with the training's own length policy.
 
     What the policy drops, or leaves equal to what it is compared with, leaves its comparison, as in training; ``counts`` says
     how much. Rows that the template refuses are added to the report's bad rows.
+
+    Args:
+        negatives, first_negative_only, max_rejected: Which rejected answers training sees. Of more than ``max_rejected`` a
+            sample that is the same in every evaluation.
 
     Raises:
         ContrastRMError: Nothing is left to compare, or more bad rows than allowed.
@@ -429,7 +464,8 @@ def encode_held_out(data: HeldOutRecords, formatter: ChatFormatter, *, max_bad_r
             question=_key_of(record),
             chosen=place(record.messages, record.chosen, record.place),
             rejected=tuple(place(record.messages, answer, record.place) for answer in record.rejected),
-            injected=tuple(bias is not None for bias in record.bias_type),
+            bias_types=tuple(record.bias_type),
+            margins=tuple(record.margins),
         )
         whole.append(group)
         if data.bias_rows is None:
@@ -460,6 +496,7 @@ def encode_held_out(data: HeldOutRecords, formatter: ChatFormatter, *, max_bad_r
         texts,
         groups,
         kept_pairs,
+        _as_trained(groups, negatives=negatives, most=max_rejected, first=first_negative_only),
         {
             "n_groups": len(groups),
             "n_dropped_groups": len(whole) - len(groups),
@@ -501,14 +538,24 @@ def _without_dropped(
     group: HeldOutGroup, dropped: Collection[int], texts: Sequence[EncodedText]
 ) -> HeldOutGroup | None:
     kept = [
-        (at, injected)
-        for at, injected in zip(group.rejected, group.injected, strict=True)
-        if at not in dropped and texts[at] != texts[group.chosen]
+        position for position, at in enumerate(group.rejected) if at not in dropped and texts[at] != texts[group.chosen]
     ]
-    if group.chosen in dropped or not kept:
-        return None
-    rejected, injected = zip(*kept, strict=True)
-    return replace(group, rejected=rejected, injected=injected)
+    return group.only(kept) if kept and group.chosen not in dropped else None
+
+
+def _as_trained(groups: Sequence[HeldOutGroup], *, negatives: str, most: int, first: bool) -> list[HeldOutGroup]:
+    """Each group as training would see it; those without such negatives are left out."""
+    usable = [
+        [at for at, bias in enumerate(group.bias_types) if bias is None or negatives == "all"] for group in groups
+    ]
+    if first:
+        usable = [positions[:1] for positions in usable]
+    elif most and groups:
+        sizes = np.array([len(positions) for positions in usable], dtype=np.int64)
+        keys = np.array([_question_rank(group.question, group.chosen) for group in groups], dtype=np.uint64)
+        kept = np.split(choose_negatives(sizes, keys, most), np.cumsum(sizes)[:-1])
+        usable = [[at for at, is_kept in zip(*pair, strict=True) if is_kept] for pair in zip(usable, kept, strict=True)]
+    return [group.only(positions) for group, positions in zip(groups, usable, strict=True) if positions]
 
 
 def _pair_without_dropped(pair: BiasPair, dropped: Collection[int], texts: Sequence[EncodedText]) -> BiasPair | None:
@@ -578,25 +625,23 @@ def held_out_metrics(
     held_out: HeldOutSet,
     scores: np.ndarray,
     *,
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    negatives: str,
+    loss: GroupLosses,
 ) -> dict[str, Any]:
     """What the scores say, as it stands in the log; rates beside their counts and a 95 % interval clustered by question.
 
     On groups: ``eval/accuracy``: the chosen answer outscores every rejected one without an injected bias (every one, where
     all carry one). ``eval/accuracy_all``: it outscores every rejected answer. ``eval/score_gap``: mean of chosen minus mean
-    rejected. ``eval/score_mean``, ``eval/score_std``: of all their texts. ``eval/loss``: mean over groups, over the rejected
-    answers that training sees.
+    rejected. ``eval/score_mean``, ``eval/score_std``: of all their texts. ``eval/loss``: what training
+    minimises, over the rejected answers that it would see (``eval/loss_total`` groups have any).
     On pairs, pooled and by bias (``/<bias>``): ``eval/original_accuracy``: original pairs right / all;
     ``eval/bsr``: right before and wrong after the bias / right before. A tie is never right and never a flip; it is counted.
     On both: ``eval/constrained_accuracy`` = accuracy x (1 - BSR), see ``constrained_accuracy``. A rate of 0/0 is None.
 
     Args:
         scores: ``(n_texts,)``, in the order of ``held_out.texts``.
-        loss: Flat scores and group sizes -> one loss per group.
-        negatives: Those that training sees: ``all`` or ``original``.
+        loss: Flat scores, group sizes and the groups -> one loss per group (``Objective.group_losses``).
     """
-    metrics = _group_metrics(held_out.groups, scores, loss, negatives) if held_out.groups else {}
+    metrics = _group_metrics(held_out, scores, loss) if held_out.groups else {}
     if held_out.pairs:
         metrics |= _pair_metrics(held_out.pairs, scores, "")
         for bias in held_out.biases:
@@ -627,12 +672,8 @@ def _rate(name: str, events: Sequence[bool], among: Sequence[bool], questions: S
     return {name: rate.rate, f"{name}_count": rate.count, f"{name}_total": rate.total, f"{name}_ci": interval}
 
 
-def _group_metrics(
-    groups: Sequence[HeldOutGroup],
-    scores: np.ndarray,
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    negatives: str,
-) -> dict[str, Any]:
+def _group_metrics(held_out: HeldOutSet, scores: np.ndarray, loss: GroupLosses) -> dict[str, Any]:
+    groups, trained = held_out.groups, held_out.as_trained
     questions = [group.question for group in groups]
     everything = [True] * len(groups)
     metrics: dict[str, Any] = {}
@@ -650,13 +691,11 @@ def _group_metrics(
         "eval/score_mean": float(every.mean()),
         "eval/score_std": float(every.std(ddof=1)),
     }
-    seen = [group.original if negatives == "original" else group.rejected for group in groups]
-    rows = [[*rejected, group.chosen] for group, rejected in zip(groups, seen, strict=True) if rejected]
-    metrics["eval/loss_total"] = len(rows)
-    metrics["eval/loss"] = None
-    if rows:
+    metrics |= {"eval/loss": None, "eval/loss_total": len(trained)}
+    if trained:
+        rows = [[*group.rejected, group.chosen] for group in trained]
         flat = torch.tensor([float(scores[at]) for row in rows for at in row], dtype=torch.float32)
-        metrics["eval/loss"] = float(loss(flat, torch.tensor([len(row) for row in rows])).mean())
+        metrics["eval/loss"] = float(loss(flat, torch.tensor([len(row) for row in rows]), trained).mean())
     return metrics
 
 

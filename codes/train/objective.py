@@ -9,7 +9,7 @@ import argparse
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from codes.common.biases import INJECTABLE
 from codes.common.cli import non_negative_float
 from codes.common.errors import ContrastRMError
 from codes.common.records import LARGEST_MARGIN
-from codes.train.data_utils import Group
 from codes.train.losses import bradley_terry_loss, centering_loss, contrastive_loss, margin_loss
 
 MODES = ("contrastive", "pairwise")
@@ -27,6 +26,18 @@ PAIRWISE_NEGATIVES = ("all", "first")
 ROW_MARGINS = ("use", "ignore")
 # How a rejected answer without an injected bias is called where biases get numbers.
 ORIGINAL = "original"
+
+
+class Answers(Protocol):
+    """What the objective reads of a group beside its scores; parallel to its rejected answers."""
+
+    @property
+    def bias_types(self) -> Sequence[str | None]:
+        """The bias injected into each; None: none."""
+
+    @property
+    def margins(self) -> Sequence[float | None]:
+        """The record's own margins; empty: none."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +116,7 @@ class Objective:
             losses = losses + self.centering * centering_loss(scores, group_sizes)
         return losses
 
-    def group_losses(self, scores: torch.Tensor, group_sizes: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
+    def group_losses(self, scores: torch.Tensor, group_sizes: torch.Tensor, groups: Sequence[Answers]) -> torch.Tensor:
         """``loss`` with the weights and margins of these groups."""
         weights, margins = (
             None if row is None else row.to(scores.device, scores.dtype, non_blocking=True)
@@ -113,7 +124,7 @@ class Objective:
         )
         return self.loss(scores, group_sizes, weights, margins)
 
-    def row_numbers(self, groups: Sequence[Group]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def row_numbers(self, groups: Sequence[Answers]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Weights and margins of all rows, ``(N,)`` float32 each; None where all rows are alike.
 
         A chosen row gets weight 1 and margin 0; neither is read.
@@ -131,7 +142,7 @@ class Objective:
             margins = _row_tensor([*self._margins(group), 0.0] for group in groups)
         return weights, margins
 
-    def _margins(self, group: Group) -> list[float]:
+    def _margins(self, group: Answers) -> list[float]:
         base = self.margin if self.mode == "pairwise" else 0.0
         own = group.margins if self.row_margins == "use" and group.margins else (None,) * len(group.bias_types)
         return [

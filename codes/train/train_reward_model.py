@@ -274,7 +274,16 @@ def train(
         n_embeddings=embedding_rows(model.classifier, tokenizer),
     )
     held_out = (
-        None if held_out_records is None else encode_held_out(held_out_records, formatter, max_bad_rows=max_bad_rows)
+        None
+        if held_out_records is None
+        else encode_held_out(
+            held_out_records,
+            formatter,
+            negatives=negatives,
+            first_negative_only=objective.first_negative_only,
+            max_rejected=max_rejected,
+            max_bad_rows=max_bad_rows,
+        )
     )
     ranking = resolve_ranking(
         held_out, metric_for_best, patience=early_stopping_patience, load_best_at_end=load_best_at_end
@@ -464,8 +473,7 @@ def train(
                 accelerator=accelerator,
             ),
             held_out=held_out,
-            loss=objective.loss,
-            negatives=negatives,
+            loss=objective.group_losses,
             output_dir=folder,
             every=resolve_eval_steps(eval_steps, total_steps),
             on_start=eval_on_start,

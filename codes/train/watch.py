@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
@@ -25,7 +24,7 @@ from codes.common.reporting import number, rate_cell
 from codes.common.scoring import Scorer
 from codes.train.best_checkpoint import BestFolder, Ranking
 from codes.train.checkpoints import CONTINUE, disk_errors
-from codes.train.held_out import HeldOutRecords, HeldOutSet, held_out_metrics
+from codes.train.held_out import GroupLosses, HeldOutRecords, HeldOutSet, held_out_metrics
 from codes.train.tracking import Trackers
 
 EVAL_LOG_FILE = "eval_log.jsonl"
@@ -59,7 +58,7 @@ class Watch:
 
     Args:
         scorer: Of the model in training, shared by all ranks.
-        loss, negatives: As ``held_out_metrics`` takes them.
+        loss: As ``held_out_metrics`` takes it.
         every: Steps between evaluations.
         ranking: How evaluations are ranked; None: no best checkpoint and no early stop.
         patience: Evaluations in a row without a better one after which the run stops; 0: never.
@@ -72,8 +71,7 @@ class Watch:
         accelerator: Accelerator,
         scorer: Scorer,
         held_out: HeldOutSet,
-        loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-        negatives: str,
+        loss: GroupLosses,
         output_dir: Path,
         every: int,
         on_start: bool,
@@ -83,7 +81,7 @@ class Watch:
         trackers: Trackers,
     ) -> None:
         self.accelerator, self.scorer, self.held_out = accelerator, scorer, held_out
-        self.loss, self.negatives, self.output_dir = loss, negatives, output_dir
+        self.loss, self.output_dir = loss, output_dir
         self.every, self.on_start, self.ranking, self.patience = every, on_start, ranking, patience
         self.save, self.trackers = save, trackers
         self.folder = BestFolder(output_dir)
@@ -129,7 +127,7 @@ class Watch:
         if self.evaluations and self.evaluations[-1]["step"] == step:
             return
         scored = self.scorer.score_texts(self.held_out.texts, f"evaluating (step {step})")
-        metrics = held_out_metrics(self.held_out, scored.scores, loss=self.loss, negatives=self.negatives)
+        metrics = held_out_metrics(self.held_out, scored.scores, loss=self.loss)
         seconds = {"tokens": scored.n_tokens, "seconds": round(scored.seconds, 4)}
         entry = {"step": step, "epoch": epoch, **metrics, **seconds}
         before = self.best_step
