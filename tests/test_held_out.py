@@ -372,12 +372,16 @@ def entry(step: int, value: float | None, accuracy: float | None = None, bsr: fl
 def test_ranking_ties_and_nulls() -> None:
     ranking = Ranking("m")
     assert ranking.best([]) is None and ranking.best([entry(1, None)]) is None
-    assert ranking.best([entry(1, None), entry(2, 0.1), entry(3, 0.1)])["step"] == 2
+    # Of equals the one that was trained longest, however they stand in the list.
+    assert ranking.best([entry(1, None), entry(2, 0.1), entry(3, 0.1), entry(4, None)])["step"] == 3
+    assert ranking.best([entry(1, math.nan), entry(2, 0.1)])["step"] == 2
     assert ranking.best([entry(1, 0.5, 0.6, 0.1), entry(2, 0.5, 0.7, 0.2), entry(3, 0.5, 0.7, 0.1)])["step"] == 3
     assert Ranking("loss").best([entry(1, 0.5), entry(2, 0.4), entry(3, 0.6)])["step"] == 2
     assert Ranking("bsr/length").lower_is_better and not Ranking("original_accuracy/length").lower_is_better
-    assert ranking.n_since_best([entry(1, 0.5), entry(2, 0.4), entry(3, 0.5)]) == 2
-    assert ranking.n_since_best([entry(1, None), entry(2, None)]) == 2
+    # An equal value is no better one, and no value is no evaluation.
+    assert ranking.n_without_gain([entry(1, 0.5), entry(2, 0.4), entry(3, 0.5)]) == 2
+    assert ranking.n_without_gain([entry(1, None), entry(2, None)]) == 0 == ranking.n_without_gain([])
+    assert ranking.n_without_gain([entry(1, None), entry(2, 0.5), entry(3, None), entry(4, 0.4), entry(5, None)]) == 1
 
 
 def test_what_cannot_be_had_is_refused_with_the_cure(formatter: ChatFormatter) -> None:
@@ -525,6 +529,48 @@ def test_early_stopping(tiny_base_dir: Path, train_file: Path, tmp_path: Path, c
     summary = read_summary(out)
     assert summary["held_out"]["stopped_early"] and summary["steps"] == len(log)
     assert "stopped early" in capsys.readouterr().out
+
+
+def test_evaluations_without_a_value_are_none(
+    tiny_base_dir: Path, train_file: Path, write_rows: Callable[..., Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """No pair is right before its bias, so that BSR and what is made of it are 0/0: nothing to stop or to choose by."""
+    record = {"question": "is it", "chosen": "cat", "rejected": ["red mat", "so"], "bias_type": [None, "length"]}
+    swapped = record | {"chosen": "red mat", "rejected": ["cat", "so"]}
+    extra = ("--eval_on_start", "1", "--early_stopping_patience", "1", "--load_best_at_end", "1", "--eval_steps", "1",
+             "--max_steps", "3", "--learning_rate", "1e-9", "--global_batch_size", "4")  # fmt: skip
+    for number, row in enumerate((record, swapped)):
+        held = write_rows(f"held{number}.jsonl", [row])
+        out = tmp_path / f"out{number}"
+        train_here(tiny_base_dir, train_file, out, "--eval_file", str(held), *extra)
+        evaluations = read_lines(out / "eval_log.jsonl")
+        if evaluations[0]["eval/original_accuracy"] == 0:
+            break
+        capsys.readouterr()
+    assert [one["eval/constrained_accuracy"] for one in evaluations] == [None] * 4
+    summary = read_summary(out)["held_out"]
+    assert not summary["stopped_early"] and summary["best"] is None and summary["step_of_saved_weights"] == 3
+    printed = capsys.readouterr().out
+    assert printed.count("no value of constrained_accuracy") == 4
+    assert (
+        "no evaluation had a value of constrained_accuracy (--metric_for_best): there is no best checkpoint" in printed
+    )
+
+
+def test_of_equal_evaluations_the_last_is_kept(tiny_base_dir: Path, train_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    # A rate so small that nothing moves: every evaluation is as good as the first.
+    extra = ("--eval_on_start", "1", "--eval_steps", "1", "--max_steps", "4", "--learning_rate", "1e-12")
+    extra += ("--metric_for_best", "accuracy", "--load_best_at_end", "1")
+    train_here(tiny_base_dir, train_file, out, *HELD, *extra)
+    evaluations = read_lines(out / "eval_log.jsonl")
+    assert len({one["eval/accuracy"] for one in evaluations}) == 1 and len(evaluations) == 5
+    assert read_summary(out)["held_out"]["step_of_saved_weights"] == 4 == read_summary(out)["held_out"]["best"]["step"]
+    # None of them is a better one either.
+    other = tmp_path / "other"
+    train_here(tiny_base_dir, train_file, other, *HELD, *extra, "--early_stopping_patience", "2")
+    assert [one["step"] for one in read_lines(other / "eval_log.jsonl")] == [0, 1, 2]
 
 
 def test_killed_and_resumed_evaluates_the_same(tiny_base_dir: Path, train_file: Path, tmp_path: Path) -> None:

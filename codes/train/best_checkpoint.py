@@ -47,8 +47,8 @@ class Ranking:
     """How evaluations are ranked.
 
     The better value of ``metric`` wins (lower for the loss and for rates of bias, higher for everything else); between equal
-    values the higher accuracy, then the lower BSR, then the earlier step. An evaluation whose value does not exist (0/0) is
-    never the best.
+    values the higher accuracy, then the lower BSR, then the later step, which has been trained longer. An evaluation whose
+    value does not exist (0/0) counts for nothing.
     """
 
     metric: str
@@ -59,9 +59,9 @@ class Ranking:
         return self.metric == "loss" or self.metric.split("/")[0] == "bsr"
 
     def value(self, evaluation: Mapping[str, Any]) -> float | None:
-        """The metric of an evaluation."""
+        """The metric of an evaluation; None where it does not exist."""
         value: float | None = evaluation.get(f"eval/{self.metric}")
-        return value
+        return value if value is not None and math.isfinite(value) else None
 
     def key(self, evaluation: Mapping[str, Any]) -> tuple[float, float, float] | None:
         """Greater is better; None where there is no value."""
@@ -76,15 +76,20 @@ class Ranking:
         )
 
     def best(self, evaluations: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-        """The best evaluation, the earliest of equals."""
-        ranked = [(key, evaluation) for evaluation in evaluations if (key := self.key(evaluation)) is not None]
+        """The best evaluation, the latest of equals; None where none has a value."""
+        ranked = self._ranked(evaluations)
         # max keeps the first of equals.
-        return max(ranked, key=lambda pair: pair[0])[1] if ranked else None
+        return max(reversed(ranked), key=lambda pair: pair[0])[1] if ranked else None
 
-    def n_since_best(self, evaluations: Sequence[Mapping[str, Any]]) -> int:
-        """Evaluations after the best one; all of them where none has a value."""
-        best = self.best(evaluations)
-        return len(evaluations) if best is None else len(evaluations) - 1 - list(evaluations).index(best)
+    def n_without_gain(self, evaluations: Sequence[Mapping[str, Any]]) -> int:
+        """Evaluations in a row, up to the last one, that were not better than all before them; those without a value aside."""
+        keys = [key for key, _ in self._ranked(evaluations)]
+        return len(keys) - 1 - keys.index(max(keys)) if keys else 0
+
+    def _ranked(
+        self, evaluations: Sequence[Mapping[str, Any]]
+    ) -> list[tuple[tuple[float, float, float], Mapping[str, Any]]]:
+        return [(key, evaluation) for evaluation in evaluations if (key := self.key(evaluation)) is not None]
 
 
 def resolve_ranking(

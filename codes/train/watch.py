@@ -107,7 +107,7 @@ class Watch:
         """Whether ``patience`` evaluations in a row brought nothing better."""
         if not self.patience or self.ranking is None:
             return False
-        return self.ranking.n_since_best(self.evaluations[self.first_candidate :]) >= self.patience
+        return self.ranking.n_without_gain(self.evaluations[self.first_candidate :]) >= self.patience
 
     def before_training(self, step: int) -> None:
         """Evaluate the untrained model, if asked for."""
@@ -118,9 +118,15 @@ class Watch:
         """Evaluate if it is time."""
         if step % self.every == 0 or is_last:
             self._evaluate(step, epoch, is_last=is_last)
+            if is_last and self.ranking is not None and self.best is None and self.accelerator.is_main_process:
+                tqdm.write(
+                    f"warning: no evaluation had a value of {self.ranking.metric} (--metric_for_best): there is no best "
+                    "checkpoint, the model is that of the last step"
+                )
             if self.should_stop and not is_last and self.accelerator.is_main_process:
                 tqdm.write(
-                    f"stopped early: {self.patience} evaluations without a better one than that of step {self.best_step}"
+                    f"stopped early: none of the last {self.patience} evaluations was better than those before them; the "
+                    f"best is that of step {self.best_step}"
                 )
 
     def _evaluate(self, step: int, epoch: float, *, is_last: bool = False) -> None:
@@ -143,8 +149,15 @@ class Watch:
                 with (self.output_dir / EVAL_LOG_FILE).open("a", encoding="utf-8") as handle:
                     handle.write(json.dumps(entry) + "\n")
             self.trackers.log(metrics | {"epoch": epoch}, step)
-            tqdm.write(f"step {step}: {describe(entry)}{'; the best so far' if is_best else ''}")
+            tqdm.write(f"step {step}: {describe(entry)}{self._verdict(entry, is_best)}")
         self.accelerator.wait_for_everyone()
+
+    def _verdict(self, entry: Mapping[str, Any], is_best: bool) -> str:
+        if self.ranking is not None and self.ranking.value(entry) is None:
+            return (
+                f"; no value of {self.ranking.metric}: it counts neither for the best checkpoint nor for early stopping"
+            )
+        return "; the best so far" if is_best else ""
 
     # --- through checkpoints ---
 
