@@ -185,6 +185,65 @@ def test_every_choice_changes_the_first_loss(tiny_base_dir: Path, train_file: Pa
     assert len({round(loss, 7) for loss in first.values()}) == len(choices), first
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("--bias_weights", "sycophancy=5,length=2"), "--bias_weights of sycophancy: training sees no such answers"),
+        (("--bias_weights", "length=2", "--negatives", "original"), "--bias_weights of length: training sees no such"),
+        (
+            ("--bias_margins", "length=2", "--mode", "pairwise", "--pairwise_negatives", "first"),
+            "--bias_margins of length",
+        ),
+        (("--pairwise_loss", "bradley_terry"), "--pairwise_loss bradley_terry: --mode contrastive does not use it"),
+        (("--temperature", "0.1", "--mode", "pairwise"), "--temperature 0.1: --mode pairwise does not use it"),
+        (("--lora_alpha", "8"), "--lora_alpha 8: --lora_rank 0 does not use it"),
+        (("--max_rejected", "5"), "--max_rejected 5: no record has more than 5 rejected answers"),
+    ],
+)
+@pytest.mark.parametrize("estimate", ["0", "1"])
+def test_a_setting_without_effect_says_so(
+    settings: tuple[str, ...], said: str, estimate: str, tiny_base_dir: Path, train_file: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    places = [
+        "--model_path",
+        str(tiny_base_dir),
+        "--train_file",
+        str(train_file),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    flags = [*BASE, "--cache_dir", str(tmp_path / "cache"), "--max_steps", "1", "--estimate", estimate]
+    assert main([*places, *flags, "--contamination_files", "", *settings]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no effect: ")]
+    assert len(lines) == 1 and said in lines[0]
+
+
+def test_settings_with_an_effect_are_not_named(
+    tiny_base_dir: Path, train_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra = (*CONTRASTIVE, "--max_rejected", "2", "--row_margins", "ignore", "--bias_margins", "sycophancy=0")
+    train_here(tiny_base_dir, train_file, tmp_path / "out", "--max_steps", "1", *extra)
+    assert "no effect" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("--bias_weights", "original=0,length=0,beauty=0,authority=0"),
+        ("--bias_weights", "original=0", "--negatives", "original"),
+        ("--bias_weights", "original=0", "--mode", "pairwise", "--pairwise_negatives", "first"),
+    ],
+)
+def test_weights_that_leave_nothing_to_learn_are_refused(
+    settings: tuple[str, ...], tiny_base_dir: Path, train_file: Path, tmp_path: Path
+) -> None:
+    for estimate in ("0", "1"):
+        with pytest.raises(ContrastRMError, match="gives weight 0 to every rejected answer of the data.*above 0"):
+            train_here(tiny_base_dir, train_file, tmp_path / "out", *settings, "--estimate", estimate)
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
 def test_first_negative_equals_a_file_with_one_negative(
     tiny_base_dir: Path, uneven_rows: list[dict[str, Any]], write_rows: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -91,7 +91,9 @@ def estimate(
         "metadata": run_metadata(),
     }
     write_json(folder / ESTIMATE_FILE, result)
-    print("\n".join([*(f"bad row left out: {message}" for message in data.bad), *report_lines(result)]), flush=True)
+    left_out = [f"bad row left out: {message}" for message in data.bad]
+    idle = [f"no effect: {setting}" for setting in data.without_effect]
+    print("\n".join([*left_out, *idle, *report_lines(result)]), flush=True)
     stop_on_contamination(found, fail_on_contamination)
     return result
 

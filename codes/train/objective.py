@@ -87,6 +87,45 @@ class Objective:
         """Whether groups are cut to their first rejected answer."""
         return self.mode == "pairwise" and self.pairwise_negatives == "first"
 
+    def check_against(self, biases: Mapping[str, int]) -> None:
+        """Refuse weights under which no answer counts.
+
+        Args:
+            biases: How many rejected answers the groups have of each bias (``original``: of none).
+
+        Raises:
+            ContrastRMError: Every one of them has weight 0.
+        """
+        present = [name for name, count in biases.items() if count]
+        if present and all(self.bias_weights.get(name, 1.0) == 0 for name in present):
+            raise ContrastRMError(
+                f"--bias_weights gives weight 0 to every rejected answer of the data ({', '.join(sorted(present))}): "
+                "nothing would be learned; give at least one of them a weight above 0"
+            )
+
+    def without_effect(self, biases: Mapping[str, int], *, n_margins: int) -> list[str]:
+        """Settings that can change nothing on this data, each with the reason.
+
+        Args:
+            biases: As in ``check_against``.
+            n_margins: Rejected answers that have a margin of their own.
+        """
+        found = []
+        for option, numbers, neutral in (
+            ("bias_weights", self.bias_weights, 1.0),
+            ("bias_margins", self.bias_margins, 0.0),
+        ):
+            absent = [name for name, number in numbers.items() if number != neutral and not biases.get(name)]
+            if absent:
+                has = ", ".join(sorted(name for name, count in biases.items() if count))
+                found.append(
+                    f"--{option} of {', '.join(absent)}: training sees no such answers (it sees {has}; --negatives original "
+                    "leaves the others out)"
+                )
+        if self.row_margins == "ignore" and not n_margins:
+            found.append("--row_margins ignore: no record has a margin")
+        return found
+
     def loss(
         self,
         scores: torch.Tensor,

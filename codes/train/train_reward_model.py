@@ -667,9 +667,31 @@ def add_product_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def idle_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
+    """Flags that were changed and that another flag makes idle, each with the reason."""
+    owners = (
+        (args.mode == "contrastive", "--mode contrastive", ("margin", "pairwise_loss", "pairwise_negatives")),
+        (args.mode == "pairwise", "--mode pairwise", ("temperature",)),
+        (
+            not args.lora_rank,
+            "--lora_rank 0",
+            ("lora_alpha", "lora_dropout", "lora_target_modules", "merge_lora"),
+        ),
+    )
+    return [
+        f"--{name} {getattr(args, name)}: {owner} does not use it"
+        for is_idle, owner, names in owners
+        for name in names
+        if is_idle and getattr(args, name) != parser.get_default(name)
+    ]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and train, or report on the data; 75 where a signal stopped the run with a checkpoint."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if is_first_process():
+        print("".join(f"no effect: {setting}\n" for setting in idle_flags(args, parser)), end="", flush=True)
     options = vars(args)
     if options["attn_implementation"] == "auto":
         options["attn_implementation"] = None

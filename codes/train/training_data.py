@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from codes.common.chat import ChatFormatter
 from codes.common.cli import natural
@@ -28,6 +30,7 @@ class TrainingData:
     """The data of a run, the same on every rank.
 
     Attributes:
+        without_effect: Settings that can change nothing, each with the reason.
         max_length: The limit in force: the smaller of the one asked for and the model's own; None without either.
         tokenizer_sha256: Of everything that turns a conversation into ids.
     """
@@ -37,6 +40,7 @@ class TrainingData:
     draws: Draws
     max_length: int | None
     tokenizer_sha256: str
+    without_effect: Sequence[str] = ()
 
     @property
     def report(self) -> EncodeReport:
@@ -153,12 +157,31 @@ def open_training_data(
         max_rejected=max_rejected,
         first_only=objective.first_negative_only,
     )
-    return TrainingData(sources, cache, draws, limit_in_force, tokenizer_sha256(formatter))
+    data = TrainingData(sources, cache, draws, limit_in_force, tokenizer_sha256(formatter))
+    return replace(data, without_effect=_without_effect(data, objective, max_rejected))
+
+
+def _without_effect(data: TrainingData, objective: Objective, max_rejected: int) -> list[str]:
+    """Settings that can change nothing, each with the reason.
+
+    Raises:
+        ContrastRMError: No answer counts.
+    """
+    biases = data.cache.first_biases() if objective.first_negative_only else data.biases
+    objective.check_against(biases)
+    found = objective.without_effect(biases, n_margins=sum(counts.n_margins for counts in data.cache.source_counts))
+    largest = int(np.diff(data.cache.group_offsets).max()) - 1
+    if max_rejected and objective.first_negative_only:
+        found.append(f"--max_rejected {max_rejected}: --pairwise_negatives first takes one of each record")
+    elif max_rejected and max_rejected >= largest:
+        found.append(f"--max_rejected {max_rejected}: no record has more than {largest} rejected answers")
+    return found
 
 
 def describe_data(data: TrainingData) -> list[str]:
     """What a run prints of its data: every row that was left out, and the counts."""
     lines = [f"bad row left out: {message}" for message in data.bad]
+    lines += [f"no effect: {setting}" for setting in data.without_effect]
     for row in data.source_rows():
         aside = f", {row['n_aside']} kept for evaluation" if row["n_aside"] else ""
         margins = f"; margins: {row['n_with_margin']} of {row['n_groups']} groups" if row["n_with_margin"] else ""
