@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from codes.common.chat import EncodedText
+from codes.common.chat import ChatFormatter, Conversation, EncodedText
 from codes.common.errors import ContrastRMError
+from codes.common.scoring import Scorer
 from codes.train.data_utils import Group
 from codes.train.losses import contrastive_loss, margin_loss
 from codes.train.objective import Objective, bias_numbers, share_below_one
+from codes.train.reward_model import load_reward_model
 from codes.train.train_reward_model import main
 from tests.conftest import finish, launch_training
 
@@ -161,28 +164,88 @@ def test_accumulation_and_packing_do_not_matter(
         assert_same_weights(tmp_path / "1", tmp_path / name, 1e-5)
 
 
-def test_every_choice_changes_the_first_loss(tiny_base_dir: Path, train_file: Path, tmp_path: Path) -> None:
-    choices: dict[str, tuple[str, ...]] = {
-        "plain": (),
-        "weights": ("--bias_weights", "length=2"),
-        "margins": ("--bias_margins", "length=1"),
-        "no_row_margins": ("--row_margins", "ignore"),
-        "centering": ("--centering", "1"),
-        "smoothing": ("--label_smoothing", "0.2"),
-        "sampled": ("--max_rejected", "1"),
-        "hinge": ("--mode", "pairwise"),
-        "first": ("--mode", "pairwise", "--pairwise_negatives", "first"),
-        "bradley_terry": ("--mode", "pairwise", "--pairwise_loss", "bradley_terry"),
-    }
-    first = {
-        name: losses(
-            train_here(
-                tiny_base_dir, train_file, tmp_path / name, "--max_steps", "1", "--global_batch_size", "11", *extra
-            )
-        )[0]
-        for name, extra in choices.items()
-    }
-    assert len({round(loss, 7) for loss in first.values()}) == len(choices), first
+def first_loss_by_hand(rows: list[dict[str, Any]], scores: list[list[float]], **choice: Any) -> float:
+    """Mean over the groups of the loss as its formula is written, in plain numbers; the chosen score is the last."""
+    told: dict[str, Any] = {"mode": "contrastive", "weights": {}, "margins": {}, "row_margins": True, "first": False}
+    told |= {"centering": 0.0, "smoothing": 0.0, **choice}
+    total = 0.0
+    for row, (*rejected, chosen) in zip(rows, scores, strict=True):
+        own = row.get("margin")
+        own = own if isinstance(own, list) else [own] * len(rejected)
+        base = 0.0 if told["mode"] == "contrastive" else 1.0
+        answers = [
+            (score, told["weights"].get(bias or "original", 1.0),
+             (base if margin is None or not told["row_margins"] else margin) + told["margins"].get(bias or "original", 0.0))
+            for score, bias, margin in zip(rejected, row["bias_type"], own, strict=True)
+        ][: 1 if told["first"] else None]  # fmt: skip
+        e, n = told["smoothing"], len(answers)
+        if told["mode"] == "contrastive":
+            logits = [(score + margin) / 0.5 for score, _, margin in answers]
+            weights = [weight for _, weight, _ in answers]
+            among = math.exp(chosen / 0.5) + sum(w * math.exp(z) for w, z in zip(weights, logits, strict=True))
+            loss = math.log(among) - chosen / 0.5
+            mean = sum(w * z for w, z in zip(weights, logits, strict=True)) / sum(weights)
+            loss += e * (chosen / 0.5 - mean)
+        elif told["mode"] == "hinge":
+            loss = sum(w * max(0.0, margin - (chosen - score)) for score, w, margin in answers) / n
+        else:
+            loss = sum(w * math.log1p(math.exp(-(chosen - score - margin))) for score, w, margin in answers) / n
+        total += loss + told["centering"] * sum((chosen + score) ** 2 for score, *_ in answers) / n
+    return total / len(rows)
+
+
+CHOICES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "plain": ((), {}),
+    "weights": (("--bias_weights", "length=2"), {"weights": {"length": 2.0}}),
+    "margins": (("--bias_margins", "length=1"), {"margins": {"length": 1.0}}),
+    "no_row_margins": (("--row_margins", "ignore"), {"row_margins": False}),
+    "centering": (("--centering", "1"), {"centering": 1.0}),
+    "smoothing": (("--label_smoothing", "0.2"), {"smoothing": 0.2}),
+    "hinge": (("--mode", "pairwise"), {"mode": "hinge"}),
+    "first": (("--mode", "pairwise", "--pairwise_negatives", "first"), {"mode": "hinge", "first": True}),
+    "bradley_terry": (("--mode", "pairwise", "--pairwise_loss", "bradley_terry"), {"mode": "bradley_terry"}),
+}
+
+
+def test_the_first_loss_is_that_of_the_formula(
+    tiny_llama_dir: Path, train_file: Path, uneven_rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """A row's margin of 0 is a margin, not none."""
+    uneven_rows[2]["margin"] = 0.0
+    uneven_rows[4]["margin"] = [None, 0, *[None] * (len(uneven_rows[4]["rejected"]) - 2)]
+    train_file.write_text("".join(json.dumps(row) + "\n" for row in uneven_rows))
+    model, tokenizer = load_reward_model(str(tiny_llama_dir), dtype="float32")
+    texts = [
+        Conversation([{"role": "user", "content": row["question"]}], answer)
+        for row in uneven_rows
+        for answer in (*row["rejected"], row["chosen"])
+    ]
+    flat = iter(Scorer(model, ChatFormatter(tokenizer), packing="off", progress=False).score(texts).scores.tolist())
+    scores = [[next(flat) for _ in (*row["rejected"], row["chosen"])] for row in uneven_rows]
+    found = {}
+    for name, (flags, choice) in CHOICES.items():
+        extra = ("--max_steps", "1", "--global_batch_size", "11", *flags)
+        found[name] = losses(train_here(tiny_llama_dir, train_file, tmp_path / name, *extra))[0]
+        assert found[name] == pytest.approx(first_loss_by_hand(uneven_rows, scores, **choice), rel=1e-5), name
+    assert len({round(loss, 4) for loss in found.values()}) == len(CHOICES), found
+
+
+def test_a_sampled_group_has_the_loss_of_one_of_its_answers(
+    tiny_llama_dir: Path, write_rows: Callable[..., Path], uneven_rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    row = uneven_rows[4]
+    expected = []
+    for place, answer in enumerate(row["rejected"]):
+        alone = write_rows("alone.jsonl", [row | {"rejected": [answer], "bias_type": [None]}])
+        [entry] = train_here(tiny_llama_dir, alone, tmp_path / str(place), "--max_steps", "1")
+        expected.append(entry["train/loss"])
+    log = train_here(
+        tiny_llama_dir, write_rows("all.jsonl", [row]), tmp_path / "out", "--max_rejected", "1", "--max_steps", "12",
+        "--learning_rate", "1e-12",
+    )  # fmt: skip
+    nearest = [min(range(len(expected)), key=lambda k: abs(expected[k] - loss)) for loss in losses(log)]
+    assert losses(log) == pytest.approx([expected[place] for place in nearest], rel=1e-5)
+    assert len(set(nearest)) > 2  # drawn anew in every epoch
 
 
 @pytest.mark.parametrize(
