@@ -170,6 +170,23 @@ def test_questions_that_meet_are_listed(
     assert found["contamination"]["n_contaminated_records"] == 0 and not (out / "contamination.jsonl").exists()
 
 
+def test_every_process_stops_on_contamination_and_the_first_one_writes(
+    bare_model: Path, write_rows: WriteRows, eval_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the first one alone stopped, the others would wait for it until the launcher kills them."""
+    path = write_rows("a.jsonl", [{"question": "what is 2+2", "chosen": "a", "rejected": ["b"]}])
+    out = tmp_path / "out"
+    flags = ["--model_path", bare_model, "--train_file", path, "--output_dir", out, "--cache_dir", tmp_path / "cache"]
+    flags += ["--contamination_files", eval_file, "--fail_on_contamination", "1"]
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for rank, writes in (("1", False), ("0", True)):
+        for name, value in (variables | {"RANK": rank}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ContrastRMError, match="contaminated: 1 of 1"):
+            main([str(flag) for flag in flags])
+        assert (out / "contamination.jsonl").exists() == writes
+
+
 def test_files_to_compare_with(write_rows: WriteRows, tmp_path: Path) -> None:
     a, b = write_rows("a.jsonl", [{"question": "q"}]), write_rows("b.jsonl", [{"answer": "q"}])
     assert expand_files(f"{tmp_path}/*.jsonl, {a},{tmp_path}/none*") == [a, b]

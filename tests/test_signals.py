@@ -168,6 +168,40 @@ with StopSignals() as stop:
 """
 
 
+WAITS_FOR_ANOTHER = """
+import sys
+from datetime import timedelta
+from codes.train.signals import StopSignals, failures_told
+from torch.distributed import TCPStore
+
+with StopSignals(), failures_told():
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    print("waiting", flush=True)
+    store.wait(["never"], timedelta(seconds=200))  # no signal is heard in here
+"""
+
+
+def test_a_rank_that_waits_leaves_when_another_has_failed(tmp_path: Path) -> None:
+    told = tmp_path / "ranks"
+    told.touch()
+    environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT), "CONTRASTRM_RANKS_FILE": str(told)}
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITS_FOR_ANOTHER], cwd=REPO_ROOT, env=environment, stdout=subprocess.PIPE
+    ) as child:
+        try:
+            assert child.stdout is not None and child.stdout.readline() == b"waiting\n"
+            with told.open("a") as ranks:
+                # A stop that was asked for ends no other: each writes its checkpoint.
+                ranks.write("exit 75\n")
+            with pytest.raises(subprocess.TimeoutExpired):
+                child.wait(timeout=1.5)
+            with told.open("a") as ranks:
+                ranks.write("exit 2\n")
+            assert child.wait(timeout=60) == 2
+        finally:
+            child.kill()
+
+
 def test_a_second_sigterm_stops_at_once_but_an_echo_does_not() -> None:
     environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT)}
     with subprocess.Popen(

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from codes.common.cli import is_first_process
 from codes.common.errors import ContrastRMError, RecordError
 from codes.common.questions import question_key, question_words, row_question, user_text
 from codes.common.records import PreferenceRecord, iter_jsonl, write_jsonl
@@ -168,6 +169,8 @@ def check_contamination(
 ) -> dict[str, Any]:
     """Compare every training question with every evaluation question; list the hits.
 
+    Of several processes each may ask, so that all of them know, and the first one writes.
+
     Returns:
         Counts: ``n_files``, ``n_eval_questions`` (distinct), ``n_records``, ``n_contaminated_records``, ``n_exact`` and
         ``n_ngram`` (hits), ``n_eval_questions_met``, ``hits_file`` (None without hits).
@@ -186,9 +189,9 @@ def check_contamination(
             hits.extend(Hit(location, record.id, *met) for met in index.meet(user_text(record.messages)))
 
         read_source(source, see, max_bad_rows=max_bad_rows, limit=limit)
-    if hits:
+    if is_first_process() and hits:
         write_jsonl(output_file, (hit.to_row() for hit in hits))
-    else:
+    elif is_first_process():
         # Hits of an earlier run must not pass for this one's.
         output_file.unlink(missing_ok=True)
     return {

@@ -29,6 +29,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 RANKS_FILE = "CONTRASTRM_RANKS_FILE"
 # Schedulers signal a whole job: the same request reaches a process by several ways within a moment.
 SECOND_SIGNAL_SECONDS = 2.0
+# What a process gets to end by itself after another one has failed.
+GRACE_SECONDS = 3.0
 # What gloo and NCCL say on the ranks that are left when another one has died.
 LOST_PEER = re.compile(
     r"closed by peer|reset by peer|broken pipe|NCCL.*(remote process exited|system error|aborted)|Timed out waiting",
@@ -107,10 +109,18 @@ def tell_launcher(line: str) -> bool:
 
 @contextmanager
 def failures_told() -> Iterator[None]:
-    """Tell the launcher's shell of an error that the user can mend, and say plainly when another rank has died."""
+    """Tell the launcher's shell of an error that the user can mend, and say plainly when another rank has died.
+
+    An error of another rank that is told there ends this one too, whatever it waits for: in a collective that the other will
+    never join it hears no signal, and its launcher would kill it after half a minute.
+    """
+    over = threading.Event()
+    if os.environ.get(RANKS_FILE):
+        threading.Thread(target=_leave_with_others, args=(over,), daemon=True).start()
     try:
         yield
     except ContrastRMError:
+        over.set()
         tell_launcher(f"exit {EXIT_USER_ERROR}")
         raise
     except RuntimeError as error:
@@ -123,6 +133,23 @@ def failures_told() -> Iterator[None]:
             flush=True,
         )
         raise SystemExit(1) from error
+    finally:
+        over.set()
+
+
+def _leave_with_others(over: threading.Event) -> None:
+    """End this process once another one has told of an error, unless it ends by itself within ``GRACE_SECONDS``."""
+    file, failure = Path(os.environ[RANKS_FILE]), f"exit {EXIT_USER_ERROR}"
+    while not over.wait(0.5):
+        try:
+            told = file.read_text(encoding="utf-8").splitlines()
+        except OSError:  # the shell that reads it has gone
+            return
+        if failure in told:
+            # Most errors are every rank's, and each says so itself.
+            if not over.wait(GRACE_SECONDS):
+                os._exit(EXIT_USER_ERROR)
+            return
 
 
 def is_lost_peer(error: BaseException) -> bool:

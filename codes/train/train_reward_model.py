@@ -232,7 +232,8 @@ def train(
         max_bad_rows=max_bad_rows,
         limit=limit,
     )
-    if fail_on_contamination and is_first_process():
+    # On every rank: where one alone stops, the others wait for it.
+    if fail_on_contamination:
         found = check_contamination(
             data.sources,
             expand_files(contamination_files),
