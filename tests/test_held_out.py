@@ -494,9 +494,9 @@ def test_best_is_kept_beside_the_checkpoints(tiny_base_dir: Path, train_file: Pa
     out = tmp_path / "out"
     extra = ("--eval_steps", "2", "--save_steps", "3", "--keep_checkpoints", "1", "--metric_for_best", "loss")
     # A rate that is too high: the held-out loss does not fall to the end.
-    train_here(tiny_base_dir, train_file, out, *HELD, *extra, "--learning_rate", "3e-2")
+    train_here(tiny_base_dir, train_file, out, *HELD, *extra, "--learning_rate", "2e-2")
     evaluations = read_lines(out / "eval_log.jsonl")
-    best = min(evaluations, key=lambda e: (e["eval/loss"], e["step"]))
+    best = min(evaluations, key=lambda e: (e["eval/loss"], -e["step"]))
     assert best["step"] < evaluations[-1]["step"], "the test needs a run whose last evaluation is not its best"
     summary = read_summary(out)["held_out"]
     assert summary["best"] == best and summary["step_of_saved_weights"] == evaluations[-1]["step"]
@@ -505,7 +505,7 @@ def test_best_is_kept_beside_the_checkpoints(tiny_base_dir: Path, train_file: Pa
     assert len(list(out.glob("checkpoint-*"))) == 1
     # The same run with the best weights at the end, which load and score as the log says.
     other = tmp_path / "other"
-    train_here(tiny_base_dir, train_file, other, *HELD, *extra, "--learning_rate", "3e-2", "--load_best_at_end", "1")
+    train_here(tiny_base_dir, train_file, other, *HELD, *extra, "--learning_rate", "2e-2", "--load_best_at_end", "1")
     assert same_weights(other, out / f"best-{best['step']}") and not list(other.glob("*best-*"))
     assert read_summary(other)["held_out"]["step_of_saved_weights"] == best["step"]
     card = (other / "README.md").read_text()
