@@ -143,6 +143,14 @@ def test_one_content_under_two_names_is_refused(
         )
 
 
+def test_a_system_text_beside_the_question_is_trained_on(write_rows: WriteRows, tmp_path: Path) -> None:
+    row = {"system": "Answer like a pirate.", "question": "why?", "chosen": "Arr", "rejected": "Because"}
+    [group] = load(write_rows("a.jsonl", [row]), tmp_path / "cache")
+    turns = [{"role": "system", "content": "Answer like a pirate."}, {"role": "user", "content": "why?"}]
+    formatter = ChatFormatter(chatml_tokenizer())
+    assert group.texts == tuple(formatter.encode([Conversation(turns, answer) for answer in ("Because", "Arr")]))
+
+
 def test_variants_of_the_chosen_answer_are_refused_by_name(
     write_rows: WriteRows, many_rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
