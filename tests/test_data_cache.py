@@ -273,12 +273,13 @@ def test_two_at_once_and_a_killed_writer(tmp_path: Path, write_rows: WriteRows) 
 def test_a_disk_that_refuses_is_named_and_nothing_stays(
     write_rows: WriteRows, many_rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    path = write_rows("a.jsonl", many_rows)
+    # Enough for a proof that the folder can be written, too little for the rows.
+    path = write_rows("a.jsonl", [row | {"id": f"{row['id']}-{copy}"} for row in many_rows for copy in range(20)])
     with pytest.raises(ContrastRMError, match="cannot write in"):
         load(path, path / "below-a-file")
     script = (
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000));" + BUILD
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000));" + BUILD
     )
     tokenizer = tmp_path / "tokenizer"
     chatml_tokenizer().save_pretrained(tokenizer)
