@@ -106,8 +106,16 @@ def log_of(out: Path) -> list[dict[str, Any]]:
 
 
 def draws_of(base: Path, data: Path, cache: Path, **options: Any) -> Draws:
-    defaults: dict[str, Any] = {"max_length": 0, "overlength": "drop", "negatives": "all", "max_rejected": 0}
-    defaults |= {"global_batch_size": 16, "epochs": 1, "max_steps": 0, "seed": 1, "limit": 0, "max_bad_rows": 0}
+    defaults: dict[str, Any] = {"chat_template": "", "max_length": 0, "overlength": "drop", "negatives": "all"}
+    defaults |= {
+        "max_rejected": 0,
+        "global_batch_size": 16,
+        "epochs": 1,
+        "max_steps": 0,
+        "seed": 1,
+        "limit": 0,
+        "max_bad_rows": 0,
+    }
     return open_training_data(
         train_file=str(data),
         model_path=str(base),
