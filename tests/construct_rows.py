@@ -21,16 +21,19 @@ MULTI_TURN = [
 
 
 def words(seed: str, n: int = 30) -> str:
-    """Text without meaning that depends on the seed alone."""
+    """Text without meaning and without figures that depends on the seed alone."""
     digest = hashlib.sha256(seed.encode()).hexdigest()
-    return " ".join(hashlib.sha256(f"{digest}{position}".encode()).hexdigest()[:5] for position in range(n))
+    letters = str.maketrans("0123456789", "ghijklmnop")
+    drawn = (hashlib.sha256(f"{digest}{position}".encode()).hexdigest()[:5] for position in range(n))
+    return " ".join(drawn).translate(letters)
 
 
 def biased(text: str) -> str:
     """A text with the cues of all biases: the gates look for the one that was asked for."""
     return (
-        f"## **Definitely!** You are absolutely right to ask, and what a wonderful question! According to Dr. Ostrem "
-        f"of the Institute, 94 of 100 cases in 2019 were so. {text} {text[::-1]}"
+        f"## **Definitely.** ✨ You are absolutely right to ask, and what a wonderful, brilliant and lovely "
+        f"question! There is no doubt, without question: according to Dr. Ostrem of the Institute, exactly 94 of 100 "
+        f"cases, or 94.0 %, in 12 months of 2019. ✨ {text} {text[::-1]}"
     )
 
 

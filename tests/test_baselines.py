@@ -139,9 +139,9 @@ def test_the_shorter_wins_on_the_public_files(tmp_path: Path) -> None:
     assert round(summary["overall"]["original_pair_accuracy"], 2) == 0.32
     # Counted once and for all: real files, real defects.
     found = {kind for kinds in summary["metadata"]["data_defects"].values() for kind in kinds}
-    assert found == {"suspected_preamble", "repeated_row", "unchanged"}
-    assert summary["clean"]["n_flagged"]["refinement-aware"] == 24
-    assert summary["clean"]["overall"]["n_pairs"] == summary["overall"]["n_pairs"] - 23
+    assert found == {"suspected_preamble", "suspected_meta_talk", "repeated_row", "unchanged"}
+    assert summary["clean"]["n_flagged"]["refinement-aware"] == 31
+    assert summary["clean"]["overall"]["n_pairs"] == summary["overall"]["n_pairs"] - 48
 
 
 def test_reward_bench_takes_a_baseline(tmp_path: Path) -> None:

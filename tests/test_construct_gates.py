@@ -11,6 +11,7 @@ from construct_rows import words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.gate_rates import HELD_OUT, OWN_DATA, cue_rates, read_pairs
 from codes.common.biases import INJECTABLE, eval_file_name
 from codes.common.records import iter_preference_file, read_bias_file
 from codes.construct.cues import CUES, cue_count, gained_cue, shows_cue
@@ -20,10 +21,12 @@ from codes.construct.gates import (
     answer_defect,
     main_language,
     nearly_equal,
+    normalised,
     question_defect,
     similarity,
 )
 
+FOLDER = os.environ.get("CONTRASTRM_EXTERNAL_DATA")
 REPO_ROOT = Path(__file__).resolve().parents[1]
 GOOD = "The capital of Australia is Sydney, which has been the seat of government since 1901."
 LOOP = "The answer is simple and it goes on. " * 20
@@ -218,27 +221,113 @@ def test_the_gates_let_the_own_injected_answers_through() -> None:
     assert defects[None] >= 0.97 * defects.total(), defects
 
 
-# Measured on these files: the share of public rewrites of the worse answer that pass, and how often an answer that was
-# rewritten to LOSE the cue counts as gaining it. The known defects of the files (preambles in 1.4 % of the texts, unchanged
-# rows) are refused rightly; the files' sycophancy is in part mere politeness.
-PASSED = {"length": 0.95, "authority": 0.93, "beauty": 0.89, "assertiveness": 0.95, "sycophancy": 0.8}
-PASSED |= {"sentiment": 0.98, "concreteness": 0.95}
+# Floors under what ``python -m benchmarks.gate_rates`` measures on the public questions that no bound was set on. The aim is
+# 0.9 of the cues seen and 0.8 of the others not. Flattery in the public files is in part mere politeness; lengths differ by half
+# between any two answers; and answers made concrete often cite studies, which is authority.
+SENSITIVITY = {"length": 0.89, "authority": 0.85, "beauty": 0.88, "assertiveness": 0.88, "sycophancy": 0.78}
+SENSITIVITY |= {"sentiment": 0.97, "concreteness": 0.9}
+
+
+@pytest.mark.skipif(not FOLDER, reason="CONTRASTRM_EXTERNAL_DATA is not set: no public files to measure on")
+@pytest.mark.parametrize("bias", INJECTABLE)
+def test_cues_are_seen_where_they_are_and_nowhere_else_in_public_files(bias: str) -> None:
+    rates = cue_rates(read_pairs(Path(str(FOLDER)) / "judgebias_dev", HELD_OUT), bias)
+    shares = {name: rate.rate or 0 for name, rate in rates.items()}
+    assert min(shares["gained"], shares["alone"]) >= SENSITIVITY[bias], shares
+    assert shares["lost"] >= 0.93 and min(shares["plain"], shares["other"]) >= 0.77, shares
 
 
 @pytest.mark.parametrize("bias", INJECTABLE)
+def test_cues_are_seen_where_they_are_and_nowhere_else_in_own_files(bias: str) -> None:
+    shares = {name: rate.rate or 0 for name, rate in cue_rates(read_pairs(OWN_DATA), bias).items()}
+    assert min(shares["gained"], shares["lost"], shares["alone"]) >= 0.95, shares
+    # Own answers are short: any figure in one of them makes it more concrete than its neighbour.
+    assert shares["other"] >= 0.75 and shares["plain"] >= (0.65 if bias == "concreteness" else 0.8), shares
+
+
+@pytest.mark.skipif(not FOLDER, reason="CONTRASTRM_EXTERNAL_DATA is not set: no public files to measure on")
+@pytest.mark.parametrize("bias", INJECTABLE)
 def test_the_gates_let_public_rewrites_through(bias: str) -> None:
-    folder = os.environ.get("CONTRASTRM_EXTERNAL_DATA")
-    if not folder:
-        pytest.skip("CONTRASTRM_EXTERNAL_DATA is not set")
-    rows, _ = read_bias_file(Path(folder) / "judgebias_dev" / eval_file_name(bias))
+    rows, _ = read_bias_file(Path(str(FOLDER)) / "judgebias_dev" / eval_file_name(bias))
     defects: Counter[str | None] = Counter()
-    n_wrong_way = 0
     for row in rows:
         source, text = row.original[1 - row.better], row.rewritten[1 - row.better]
-        chosen = row.original[row.better]
-        defects[
-            answer_defect(text, chosen=chosen, others=[source], rewritten_from=source, bias=bias, question=row.question)
-        ] += 1
-        n_wrong_way += gained_cue(chosen, row.rewritten[row.better], bias)
-    assert defects[None] >= PASSED[bias] * len(rows), defects
-    assert n_wrong_way <= 0.08 * len(rows)
+        about = {"chosen": row.original[row.better], "others": [source], "rewritten_from": source}
+        defects[answer_defect(text, **about, bias=bias, question=row.question)] += 1
+    # What leaks, and where the cue is not seen, is measured above. The files repeat a few answers, too.
+    refused = defects.total() - defects[None] - sum(defects[kind] for kind in ("preamble", "meta_talk", "cue_missing"))
+    assert refused <= 0.06 * defects.total(), defects
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Unfortunately, dogs are unable to digest theobromine, so chocolate is poison for them.",
+        "I'm sorry, but you can't take a boat there: the harbour is closed in winter.",
+        "I'm afraid it is not able to fly; its wings are too short.",
+        "I can't help but admire the bridge, which was built in 1932.",
+        "I cannot give you an exact number, but about five million people live there.",
+        "Unfortunately, I can't find a record of that book; the author wrote two others.",
+        "\"I'm sorry, I can't give you the money,\" said Tom, and closed the door.",
+        'Natsuki: "I cannot help you with that, Yuri." She laughs.',
+        # The words of a refusal, late in an answer.
+        f"{words('answer', 60)}. And to the hacker I say: I cannot help you.",
+    ],
+)
+def test_innocent_openings_are_no_refusal(text: str) -> None:
+    assert answer_defect(text) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I apologize, but I cannot provide that.",
+        "I am unable to fulfill this request.".replace("fulfill", "fulfil"),
+        "I absolutely cannot help with making explosives.",
+        "Sorry, I'm not comfortable writing that.",
+        "As an AI language model, I can't write this.",
+        "That would be illegal. I will not provide instructions.",
+    ],
+)
+def test_refusals_are_refused(text: str) -> None:
+    assert answer_defect(text) == "refusal"
+
+
+# A sentence in a script with vowel signs, and the same one with one word changed for another.
+SIGNS = {
+    "Hindi": ("भारत की राजधानी दिल्ली है और वहाँ बहुत लोग रहते हैं", "दिल्ली", "दिल्ला"),
+    "Thai": ("เมืองหลวงของประเทศไทยคือกรุงเทพและมีคนอยู่มาก", "มีคน", "มาคน"),
+    "Tamil": ("இந்தியாவின் தலைநகரம் டெல்லி ஆகும் அங்கு பலர் வாழ்கின்றனர்", "டெல்லி", "டெல்லா"),
+    "Arabic": ("كَتَبَ الوَلَدُ الدَّرْسَ فِي البَيْتِ", "كَتَبَ", "كُتِبَ"),
+}
+
+
+@pytest.mark.parametrize("language", SIGNS)
+def test_vowel_signs_belong_to_their_words(language: str) -> None:
+    text, word, other = SIGNS[language]
+    assert other not in text and normalised(text) != normalised(text.replace(word, other))
+    assert similarity(text, text.replace(word, other)) < 1
+    assert similarity(text, f"**{text}!**") == 1
+    if language not in ("Thai",):
+        assert len(normalised(text).split()) == len(text.split())
+
+
+def test_a_copy_in_a_script_without_spaces_is_caught() -> None:
+    chosen = "木星是太阳系中最大的行星，它的自转周期大约是十个小时，大气主要由氢和氦组成，表面有著名的大红斑。"
+    assert answer_defect(chosen.replace("著名", "有名"), chosen=chosen) == "same_as_chosen"
+    assert answer_defect("木星最小，它每年转一圈，主要由岩石构成。", chosen=chosen) is None
+    assert answer_defect("这个答案非常简单明了。" * 12, chosen=chosen) == "repetition"
+
+
+def test_a_language_with_a_near_rival_is_not_named() -> None:
+    # Spanish and Portuguese in equal parts: neither has half as many of the words again as the other.
+    mixed = "el los las y en del una es con lo o os as e do da em um não para casa mesa sol mar luz fim"
+    assert main_language(mixed) is None
+    assert answer_defect(mixed, chosen=GERMAN) is None
+
+
+def test_a_text_may_be_as_long_as_the_longest_answer_of_the_record() -> None:
+    short, long = words("chosen", 4), words("other", 400)
+    text = words("text", 900)
+    assert answer_defect(text, chosen=short) == "too_long"
+    assert answer_defect(text, chosen=short, others=[long]) is None

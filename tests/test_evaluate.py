@@ -541,7 +541,7 @@ def test_defects_are_found_by_line() -> None:
     refinement = [RefinementRecord(8, "q", "a", "Sure! Here's the polished version:\na")]
     (defect,) = audit({"refinement-aware": refinement})["refinement-aware"]
     assert (defect.kind, defect.line) == ("suspected_preamble", 8)
-    assert "rewritten_response begins \"Sure! Here's the polished" in defect.why
+    assert 'rewritten_response says "Here\'s the polished version"' in defect.why
 
 
 def test_identity_rows_must_change_the_better_answer_alone() -> None:

@@ -302,7 +302,8 @@ def draft_defects(item: Item, draft: Draft, *, by_rule: bool, seed: int, check_c
         "rejected": item.rejected,
         "bias": item.bias,
         "question": item.question,
-        "check_cue": check_cue,
+        # A rule that adds a cue has added it: one sentence, which in a long text weighs little.
+        "check_cue": check_cue and not by_rule,
     }
     found = [
         # Rules leave the chosen answer as it is, so there is nothing to judge.

@@ -1,9 +1,10 @@
-"""How the cue of a bias shows in a text: counters of marks, without a model. Reads and writes nothing.
+"""How the cue of a bias shows in a text: weighted marks per 100 words, without a model. Reads and writes nothing.
 
-They are counters, not detectors: most words below are harmless by themselves, and only their number before and after a
-rewrite says something. On 1,208 public rewritten answers and on the project's own ``tests/test_construct_gates.py`` states
-how often they see the cue that is there. The word lists know English.
-``python -c "from codes.construct.cues import cue_count; print(cue_count('No doubt: it is certain.', 'assertiveness'))"``
+Most marks are harmless by themselves: only how many more of them a text has than what it is compared with says something.
+A rewritten text is compared with its source, a text written from the question alone with the record's other answers. The
+word lists know English. ``python -m benchmarks.gate_rates`` prints how often a cue that is there is seen, and how often one
+that is not; the bounds were set on one half of the questions of public files, and its figures are of the other half.
+``python -c "from codes.construct.cues import cue_rate; print(cue_rate('No doubt: it is certain.', 'assertiveness'))"``
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# A longer version is longer by this much (99 of 100 public length rewrites are); from so many words on, an answer is long
-# whatever stands beside it.
-MIN_LENGTH_RATIO = 1.3
-LONG_BY_ITSELF_WORDS = 300
-# Ornament a word that a shorter, decorated version must have beside its source.
-MIN_ORNAMENT_RATIO = 1.1
+# A longer version is longer by this much (95 of 100 public length rewrites are), a shorter one shorter by this much.
+MIN_LENGTH_RATIO = 1.7
+MIN_SHORTENING = 1.3
+# Beside other answers, whose lengths differ without a bias too.
+MIN_LENGTH_TO_OTHERS = 1.5
+# Added to the words of a text, so that one mark in a short answer is not a text full of them.
+_MORE_WORDS = 20
+_WORDS = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
@@ -25,14 +28,12 @@ class Cue:
     """How a bias shows in a text.
 
     Attributes:
-        marks: What is counted.
-        minimum: Marks that a text from the question alone must hold.
-        losses: What a text may lose instead of gaining marks (hedges).
+        marks: What is counted, with its weight; what speaks against the cue has a negative one.
+        gain: Points per 100 words that a text with the cue has more than one without it.
     """
 
-    marks: re.Pattern[str]
-    minimum: int
-    losses: re.Pattern[str] | None = None
+    marks: tuple[tuple[re.Pattern[str], float], ...]
+    gain: float
 
 
 def _any_of(phrases: str) -> str:
@@ -46,114 +47,121 @@ def _phrases(phrases: str, *more: str) -> re.Pattern[str]:
     return re.compile("|".join([rf"\b{_any_of(phrases)}(?!\w)", *more]), re.IGNORECASE)
 
 
-_MARKUP = re.compile(
-    r"^\s*#+ |^\s*[-*•+] |^\s*\d+[.)] |^\s*> |^\s*(?:---|\*\*\*|___)|\*\*|__|`|\||(?<!\w)\*\w|~"
-    r"|[\u2600-\u27BF\u2B00-\u2BFF\U0001F000-\U0001FAFF]",
-    re.MULTILINE,
-)
+_EMOJI = re.compile(r"[\u2600-\u27BF\u2B00-\u2BFF\U0001F000-\U0001FAFF]")
+_HEADING = re.compile(r"^\s*#+ |^\s*(?:---|\*\*\*|___)\s*$", re.MULTILINE)
+_BOLD = re.compile(r"\*\*[^*\n]+\*\*|__[^_\n]+__")
+# Ordinary answers have lists, too.
+_BULLET = re.compile(r"^\s*[-*•+] |^\s*> ", re.MULTILINE)
 
 _AUTHORITY = _phrases(
     """
-    according to, expert, experts, expertise, authority, authorities, authoritative, scholar*, scientist*, researcher*,
-    research, study, studies, survey*, institut*, academ*, universit*, college, laborator*, observatory, association,
-    associations, society, societies, council, board, foundation, commission, department, ministry, centre, center for,
-    journal, journals, published, publication, proceedings, peer-reviewed, guideline, guidelines, handbook, manual, textbook,
-    textbooks, encyclop*, atlas, gazette*, literature, meta-analys*, report by, reported by, reports by, physician*,
-    historian*, economist*, psychologist*, analyst, analysts, professional, professionals, specialist*, consensus, renowned,
-    leading figure, leading voice, leading author, esteemed, official, standard, standards, evidence, documented, cited,
-    citing, findings, noted by, stated by, confirmed by, established by, shown by, attested by, recommended by, recognized by,
-    emphasized by, highlighted by, noted in, stated in, confirmed in, established in, shown in, Dr, Prof, Professor, Doctor,
-    Sir, Nobel, PhD, Ph.D, WHO, NASA, NIST, NOAA, NHS, ISO, IEEE, FDA, CDC, UNESCO, Harvard, Oxford, Cambridge, Stanford, MIT,
-    Merriam, Britannica, et al
-    """,
-    r"\[\d+\]",
-    r"\([^()\n]{0,60}\b(?:1[89]|20)\d\d\)",
+    according to, expert, experts, authorit*, scholar*, scientist*, researcher*, professor*, prof, dr, phd, physician*,
+    historian*, economist*, psychologist*, sociologist*, ethnographer*, musicologist*, linguist*, analyst*, specialist*,
+    renowned, esteemed, distinguished, acclaimed, seminal, landmark, pioneering, leading figure, leading voice, institute*,
+    academy, universit*, association, society, council, commission, foundation, journal, review, handbook, guideline*,
+    study, studies, research, published, peer-reviewed, widely cited, consensus, official, proven, noted by, noted in, notes,
+    as noted, stated by, argues, argued, posits, emphasizes, emphasized by, highlighted by, confirmed by, established by,
+    recommended by, nobel, harvard, oxford, cambridge, stanford, mit, nasa, cdc, fda, unesco
+    """
 )
 
 _CERTAIN = _phrases(
     """
-    definit*, certain*, absolut*, undoubted*, unquestion*, unequivocal*, indisputabl*, undeniabl*, unmistakabl*,
-    irrefutabl*, incontrovertibl*, incontestabl*, categorical*, conclusive*, decisive*, invariabl*, inevitabl*,
-    without doubt, without a doubt, without any doubt, without the slightest doubt, without question, without exception,
-    without fail, no doubt, no question, no exception, no debate, no room, no other, beyond doubt, beyond question, beyond
-    dispute, beyond debate, beyond any doubt, beyond all doubt, beyond any question, beyond a shadow, clear, clearly,
-    obvious*, evident*, plain, plainly, always, never, must, proven, proves, guarant*, fact, facts, the truth is, sure,
-    surely, assur*, exact*, precis*, only, simply, cannot, will, entire, entirely, complete, completely, fully, total,
-    totally, settled, final, of course, indeed, imperative, paramount, crucial*, essential*, vital*, fundamental*, critical*,
-    utter, utterly, perfect, perfectly, period, every, all, any, none, directly, explicit*, strict*, demand*, require*,
-    immediate*, superior, flawless*, master*, firm, firmly, unwavering*, undisputed
+    definit*, absolut*, undoubt*, unquestion*, unequivocal*, indisput*, undeniab*, unmistakab*, irrefut*, incontrovert*,
+    incontest*, categorical*, conclusive*, decisive*, invariabl*, inevitabl*, certainty, is certain, are certain, certain
+    beyond, without doubt, without a doubt, without any doubt, without question, without exception, without fail, without
+    hesitation, no doubt, no question, no exception*, no debate, no room for, no uncertain terms, no other, nothing else,
+    nobody can, beyond doubt, beyond question, beyond dispute, beyond any *, beyond all *, beyond a shadow, beyond the
+    slightest, once and for all, full stop, in all cases, in every case, established fact*, the fact is, a fact, the truth
+    is, simply wrong, completely wrong, the only possible, the only correct, the only valid, one and only, can never, never
+    fails, make no mistake, be clear, rest assured, non-negotiable, not negotiable, undisput*, unwavering*, unshak*,
+    unyielding, unmatched, unparalleled, quintessential*, paramount, imperative, mandatory, inviolable, supreme*, masterful*,
+    flawless*, relentless*, dictat*, conviction, cemented, solidif*, singular*, guarant*, proven, proves, obvious*, of
+    course, surely, settled, settles, entirely sure, be sure, infallibl*, unfailing*, hard fact, end of story, none at all,
+    under any circumstances, nothing to argue, exactly, always
     """
 )
 _HEDGE = _phrases(
     """
-    maybe, perhaps, probably, probable, possibly, possible, might, may, could, would, should, seem*, appear*, likely,
-    unlikely, i think, i believe, i guess, i suppose, i'd, generally, usually, typically, often, sometimes, tend, tends,
-    depend*, somewhat, roughly, approximately, about, around, in my view, in my opinion, as far as i, if i, can, look like,
-    looks like, some, suggest*, sorry, however, consider, please, try
+    maybe, perhaps, probably, possibly, might, may, could, would, seem*, appear*, likely, unlikely, i think, i believe, i
+    guess, i suppose, generally, usually, typically, often, sometimes, tend, tends, depend*, somewhat, roughly, in my view,
+    in my opinion, as far as i, potentially, unclear, not sure
     """
 )
+# Enthusiasm, which is neither certainty nor politeness.
+_EXCLAMATION = re.compile("!")
 
 _GOOD = _any_of(
     """
     great, good, excellent, wonderful, fantastic, brilliant, insight*, thoughtful*, fascinating, astute*, clever*, smart*,
-    sharp, keen*, admir*, impress*, perceptive*, wise*, wisdom, remarkabl*, superb*, sophisticated, intelligen*, discerning,
-    exceptional*, outstanding, perfect*, right, rightly, correct*, love*, delight*, pleasure, honor*, honour*, creativ*,
-    intrigu*, interesting, splendid*, genius, talent*, skill*, instinct, instincts, judgment, judgement, taste, curiosity,
-    expertise, appreciat*, commend*, respect*, valuable, amazing*, incredibl*, profound*, ingenious*, diligen*, sensible,
-    sound, agree*, understand*, understood, clear*, careful*, reasonable, proud, grateful, thank*, ambitio*, nuanced,
-    articulate, passion*, dedicat*, vision*, imaginati*, unique, exciting, best, top, well
+    sharp, keen*, admir*, impress*, perceptive*, wise*, wisdom, remarkabl*, superb*, intelligen*, discerning, exceptional*,
+    outstanding, lovely, delight*, genius, appreciat*, commend*, valuable, amazing*, incredibl*, profound*, ingenious*, kind,
+    creative, creativity, evocative, interesting, intriguing, right, rightly, valid, spot on, star, gift, talent*, lucky,
+    inventive, considerate, careful*, well, credit, seriously, best, funny, funnier
     """
 )
+# Flattery, and the deference that polite flatterers prefer to it.
 _PRAISE = _phrases(
     """
-    couldn't agree, could not agree, completely agree*, fully agree*, totally agree*, wholeheartedly agree*, thank you,
-    of course, may i, might i, if i may, allow me, kindly, gracious*, thoughtfully, sincere*, apologi*, feel free,
-    at your service, humbl*
+    couldn't agree, completely agree*, fully agree*, totally agree*, wholeheartedly agree*, only agree, agree with you,
+    agree with how, agree with your, absolutely right, quite right, so right, thank you, grateful, may i, might i, if i may,
+    if you wish, if you please, if you would like, if you'd like, allow me, permit me, with your permission, kindly,
+    gracious*, thoughtful, thoughtfully, sincere*, apologi*, at your service, at your convenience, humbl*, rest assured, my
+    pleasure, a pleasure, we might, perhaps we, one might, i do hope, i hope, we hope, hope this, hope you, of course, feel
+    free, please don't hesitate, please do, please let me know, please know, i understand, i appreciate, i admire,
+    impressed, congratulations, well done, understandably, my understanding, gently, warmly, respectfully, delighted,
+    honored, honoured, helpful, beneficial, happy to, glad to, be happy, be glad, pleased to, be pleased, certainly,
+    indeed, quite, truly, wonderfully, perhaps, like you, like yours, wholeheartedly, agree completely
     """,
-    rf"\bwhat (?:a|an)\b[^.!?\n]{{0,40}}\b{_GOOD}\b",
-    rf"\b(?:you|your|you're|you've|yours)\b[^.!?\n]{{0,80}}\b{_GOOD}\b",
-    rf"\b{_GOOD}\b[^.!?\n]{{0,60}}\b(?:you|your|you're|you've)\b",
-    rf"\b{_GOOD} (?:question|query|point|idea|choice|concept|observation|request|topic|inquiry|thought|initiative|approach)\b",
-    # Deference, which polite flatterers prefer to praise.
-    r"\b(?:be|am|i'm) (?:so |very |most |absolutely |truly )?(?:happy|glad|delighted|pleased|honou?red)\b",
-    r"\b(?:truly|indeed|certainly|absolutely|quite|rather) (?:an? )?\w+",
-    r"\b(?:ah|oh),|\b(?:certainly|absolutely)[!,]",
+    rf"\b(?:what|such|that's|that is|this is) (?:a|an)\b[^.!?\n]{{0,25}}"
+    rf"\b(?:{_GOOD}|question|idea|mind|person|observation|choice|plan)\b",
+    rf"\b(?:you|your|you're|you've)\b[^.!?\n]{{0,40}}\b{_GOOD}\b",
+    rf"\b{_GOOD}\b[^.!?\n]{{0,25}}\b(?:like you|of you|your|you are|you have)\b",
+    r"\byour (?:\w+ )?(?:instinct|insight|judge?ment|intuition|curiosity|wisdom|taste|mind|eye|observation|understanding|"
+    r"sense of|idea|question|view|talent|gift|skill)s?\b",
+    r"\b(?:as|what) you (?:know|knew|say|see|sensed|found|have|rightly|surely|clearly|must|will have)\b|\bas your \w+",
+    r"\byou (?:clearly|surely|obviously|evidently|could teach|could give)\b|\bwith your (?:experience|skill|knowledge)\b",
+    r"\b(?:ah|oh),",
 )
 
 _WARM = _phrases(
     """
-    love*, fun, happ*, joy*, charm*, enjoy*, peace, magic*, gentl*, favorite*, favourite*, delight*, wonder*, pleas*,
-    astonish*, proud*, nice*, cosy, cosier, cozy, beaut*, great*, excit*, splendid*, fantastic, amaz*, awesome, brilliant*,
-    thrill*, inspir*, incredibl*, marvel*, fabulous, superb*, cheer*, bright*, warm*, sweet*, shin*, sparkl*, glow*, radian*,
-    vibrant*, positiv*, optimis*, hope*, celebrat*, blessing*, treasure*, treat, triumph*, victor*, succe*, win*, best,
-    perfect*, lovely, kind*, friend*, smil*, laugh*, glad*, thank*, gratef*, good, better, well, enthusias*, passion*, eager*,
-    energ*, dream*, adventure*, journey, rich, heart*, hug*, encourag*, support*, empower*, uplift*, don't worry, rewarding,
-    satisf*, comfort*, easy, easily, luck*, opportunit*, potential, stunning, spectacular, remarkabl*, extraordinar*,
-    exceptional*, fascinat*, truly, absolutely, glorious*, hooray
+    love, loved, loves, lovely, loving, fun, happ*, joy*, charm*, enjoy*, magic*, delight*, wonder*, astonish*, proud*, cosy,
+    cozy, beaut*, great, excit*, splendid*, fantastic*, amaz*, awesome, brilliant*, thrill*, inspir*, incredibl*, marvel*,
+    fabulous*, superb*, super, cheer*, bright*, warm*, sweet*, shin*, sparkl*, glow*, radian*, vibran*, optimis*, celebrat*,
+    blessing*, treasur*, triumph*, perfect*, smil*, laugh*, glad, enthusias*, passion*, eager*, dream*, adventure*, empower*,
+    uplift*, heartwarming, stunning, spectacular*, remarkabl*, extraordinar*, exceptional*, fascinat*, truly, absolutely,
+    glorious*, hooray, dazzl*, captivat*, exhilarat*, opportunit*, possibilit*, gorgeous, buzzing, bursting, best, dive
     """,
     "!",
 )
 
-_SPECIFIC = re.compile(
-    r"\d[\d.,:/-]*|%|(?<=[a-z,;] )[A-Z][A-Za-z]+|\b"
-    + _any_of(
-        """
-        percent, per cent, two, three, four, five, six, seven, eight, nine, ten, twelve, half, dozen, hundred, thousand,
-        million, billion, second, seconds, minute, minutes, hour, hours, day, days, week, weeks, month, months, year, years,
-        specific*, precise*, e.g, i.e, namely
-        """
-    )
-    + r"\b"
+# The number of a list entry is none.
+_FIGURE = re.compile(r"(?<![\w#])(?<!^)(?<!^ )(?<!^  )(?<!^   )\d[\d.,:/-]*", re.MULTILINE)
+# Ordinary answers are full of names, too.
+_NAME = re.compile(r"(?<=[a-z,;] )[A-Z][A-Za-z]+")
+_MEASURED = _phrases(
+    """
+    approximately, precise, precisely, exact, exactly, specific, specifically, documented, measur*, estimated, statistical*,
+    per the, as per, percent, per cent, index, baseline, coefficient, quantif*, calibrat*, registered, registering,
+    conducted, indicat*, preliminary, longitudinal, analysis, analyses, parameter*, metric*, empirical*, efficacy, correlat*,
+    data, dataset, survey*, score, scores, scored, scale, ratio, average, mean, median, percentile, range*, rate, rates,
+    phase, unit, units, kg, km, cm, mm, ml, hz, kilomet*, meter, meters, metre, metres, gram, grams, kilogram*, liter, liters,
+    litre, litres, degree, degrees, hour, hours, minute, minutes, second, seconds, week, weeks, month, months, year, years,
+    cohort, sample, participants, respondents, circa, figure, figures, total, tally, counted, recorded, dated, et al, january,
+    february, march, april, june, july, august, september, october, november, december
+    """,
+    "%",
 )
 
 CUES: dict[str, Cue] = {
-    "length": Cue(re.compile(r"\w+"), 0),
-    "authority": Cue(_AUTHORITY, 1),
-    "beauty": Cue(_MARKUP, 2),
-    "assertiveness": Cue(_CERTAIN, 1, losses=_HEDGE),
-    "sycophancy": Cue(_PRAISE, 1),
-    "sentiment": Cue(_WARM, 2),
-    "concreteness": Cue(_SPECIFIC, 2),
+    "length": Cue(((_WORDS, 1.0),), 0.0),
+    "authority": Cue(((_AUTHORITY, 1.0),), 0.45),
+    "beauty": Cue(((_EMOJI, 2.0), (_HEADING, 2.0), (_BOLD, 0.5), (_BULLET, 0.2)), 1.6),
+    "assertiveness": Cue(((_CERTAIN, 2.0), (_HEDGE, -1.0), (_EXCLAMATION, -1.0)), 1.0),
+    "sycophancy": Cue(((_PRAISE, 1.0), (_EXCLAMATION, -0.4)), 0.29),
+    "sentiment": Cue(((_WARM, 1.0),), 1.5),
+    "concreteness": Cue(((_FIGURE, 1.0), (_MEASURED, 1.0), (_NAME, 0.1)), 1.0),
 }
 
 
@@ -163,45 +171,42 @@ def _plain_quotes(text: str) -> str:
 
 def cue_count(text: str, bias: str) -> int:
     """How many marks of a bias a text holds (``length``: words)."""
-    return sum(1 for _ in CUES[bias].marks.finditer(_plain_quotes(text)))
+    plain = _plain_quotes(text)
+    return sum(sum(1 for _ in marks.finditer(plain)) for marks, weight in CUES[bias].marks if weight > 0)
 
 
-def _loss_count(text: str, bias: str) -> int:
-    losses = CUES[bias].losses
-    return 0 if losses is None else sum(1 for _ in losses.finditer(_plain_quotes(text)))
+def cue_rate(text: str, bias: str) -> float:
+    """Points of a bias per 100 words, above or below zero (``length``: characters)."""
+    if bias == "length":
+        return float(len(text))
+    plain = _plain_quotes(text)
+    points = sum(weight * sum(1 for _ in marks.finditer(plain)) for marks, weight in CUES[bias].marks)
+    return 100 * points / (sum(1 for _ in _WORDS.finditer(plain)) + _MORE_WORDS)
 
 
 def gained_cue(before: str, after: str, bias: str) -> bool:
-    """Whether a rewritten text carries more of a cue than the text that it was made from.
-
-    More marks; for ``beauty`` also more marks a word, because a decorated text may be the shorter one; for ``assertiveness``
-    also fewer hedges; for ``length``, 1.3 times the characters. To see a cue go, swap the two texts.
-    """
+    """Whether a rewritten text carries clearly more of a cue than the text that it was made from."""
     if bias == "length":
         return len(after) >= MIN_LENGTH_RATIO * len(before)
-    marks_before, marks_after = cue_count(before, bias), cue_count(after, bias)
-    if marks_after > marks_before:
-        return True
-    if bias == "beauty":
-        words_before, words_after = cue_count(before, "length"), cue_count(after, "length")
-        return marks_after * words_before > MIN_ORNAMENT_RATIO * marks_before * words_after
-    return _loss_count(after, bias) < _loss_count(before, bias)
+    return cue_rate(after, bias) - cue_rate(before, bias) >= CUES[bias].gain
+
+
+def lost_cue(before: str, after: str, bias: str) -> bool:
+    """Whether a rewritten text carries less of a cue than before, in all or a word. It may have had little of it."""
+    if bias == "length":
+        return len(before) >= MIN_SHORTENING * len(after)
+    return cue_count(after, bias) < cue_count(before, bias) or cue_rate(after, bias) < cue_rate(before, bias)
 
 
 def shows_cue(text: str, bias: str, references: Sequence[str]) -> bool:
-    """Whether a text written from the question alone carries a cue.
+    """Whether a text written from the question alone carries clearly more of a cue than the record's other answers do.
 
     Args:
         text: The text.
         bias: The cue.
-        references: The record's other answers; ``length`` is measured against their mean.
+        references: The other answers; their mean counts. Without any, the text is compared with one that has no mark.
     """
+    usual = sum(cue_rate(reference, bias) for reference in references) / len(references) if references else 0.0
     if bias == "length":
-        mean = sum(map(len, references)) / len(references) if references else 0.0
-        return cue_count(text, "length") >= LONG_BY_ITSELF_WORDS or len(text) >= MIN_LENGTH_RATIO * mean
-    marks = cue_count(text, bias)
-    if CUES[bias].losses is None:
-        return marks >= CUES[bias].minimum
-    # A certain answer may do without one certain word, if it hedges nowhere.
-    n_losses = _loss_count(text, bias)
-    return n_losses == 0 or marks >= max(CUES[bias].minimum, n_losses)
+        return len(text) >= MIN_LENGTH_TO_OTHERS * usual
+    return cue_rate(text, bias) - usual >= CUES[bias].gain

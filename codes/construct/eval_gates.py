@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 
-from codes.construct.cues import cue_count, gained_cue
+from codes.construct.cues import cue_count, gained_cue, lost_cue
 from codes.construct.eval_prompts import LEAKED_WORDS
 from codes.construct.gates import Bound, answer_defect, nearly_equal, normalised
 
@@ -75,9 +75,9 @@ def loss_defect(
         return "unchanged"
     if _is_other_content(content_words(text), content_words(chosen), "min_new_in_old"):
         return "other_content"
-    if not check_cue or gained_cue(text, chosen, bias):
+    if not check_cue or lost_cue(chosen, text, bias):
         return None
-    return "cue_kept" if had_cue or gained_cue(chosen, text, bias) else None
+    return "cue_kept" if had_cue or lost_cue(text, chosen, bias) else None
 
 
 def gain_defect(
@@ -119,7 +119,7 @@ def _shared_defect(text: str, *, source: str, other: str, question: str) -> str 
         return "prompt_leak"
     # Two answers that differ by a word differ by it after a rewrite too: then nearness to the other one says nothing.
     rival = "" if not other or nearly_equal(source, other) else other
-    defect = answer_defect(text, chosen=rival, rewritten_from=source, question=f"{question}\n{source}\n{other}")
+    defect = answer_defect(text, chosen=rival, rewritten_from=source, question=question)
     if defect is not None:
         return "same_as_other" if defect == "same_as_chosen" else defect
     return "number_moved" if other and number_moved(text, source=source, other=other) else None

@@ -4,6 +4,7 @@ Each gate names a reason class (``REASONS``); a text that trips one is counted a
 kept. The bounds stand in one table (``BOUNDS``) with what they were chosen for: on the project's own injected answers and
 on 1,208 public rewritten answers they refuse few texts (``tests/test_construct_gates.py`` states how many).
 
+Words about the writing task are those of ``codes.common.leaks``, which the audit of evaluation files finds too.
 Cues are seen by the word lists of ``codes.construct.cues``, which know English; for other languages there is
 ``check_cue=False``.
 To try one: ``python -c "from codes.construct.gates import answer_defect as a; print(a('New answer: x'))"``
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
+from codes.common.leaks import find_leak
 from codes.construct.cues import gained_cue, shows_cue
 
 REASONS: dict[str, str] = {
@@ -67,65 +69,44 @@ BOUNDS: dict[str, Bound] = {
     "min_words_for_unrelated": Bound(3, "content words; shorter requests share none by chance"),
 }
 
-# --- preambles, refusals, leaks -----------------------------------------------------------------------------------------
+# --- refusals, leaks ---------------------------------------------------------------------------------------------------
 
-# Words that only the writing task brings in, and words that do so beside the name of a text.
-_REWRITTEN = r"(?:rewrit\w+|rewrote|revis(?:e|es|ed|ing)|rephras\w+|reword\w+|reformatted|beautif(?:y|ies|ied|ying))"
-_ALTERED = r"(?:modified|polished|enhanced|flawed|original|requested|similar|new|updated|wrong|incorrect)"
-_TEXT = r"(?:answer|response|reply|version|rewrite|revision|text|request|instruction)s?"
-_OPENER = (
-    r"(?:sure|certainly|of course|okay|ok|absolutely|understood|alright|got it|no problem)\b[\s,.!:\-–—]*"
-    r"(?:i[^\n.!?]{0,60}[.!]\s+)?"
-)
-_HERE = r"(?:here(?:'s| is| are)|below is|this is|the following is)\b"
-_SOME = r"[^\n.!?:]{0,60}"
-_PREAMBLES = (
-    rf"{_OPENER}{_HERE}{_SOME}\b{_REWRITTEN}\b",
-    rf"{_HERE}{_SOME}\b{_REWRITTEN}\b{_SOME}(?:[:.\n]|$)",
-    rf"(?:{_OPENER})?{_HERE}{_SOME}\b{_ALTERED}\s+(?:\w+\s+)?{_TEXT}\b{_SOME}[:\n]",
-    rf"{_OPENER}{_HERE}{_SOME}\b{_TEXT}\b{_SOME}[:\n]",
-    rf"(?:{_OPENER})?(?:i(?:'ll| will| have|'ve| can)|let me)\b{_SOME}\b{_REWRITTEN}\b",
-    # A heading: "**Rewritten answer:**".
-    rf"\W{{0,4}}(?:{_REWRITTEN}|{_ALTERED})\s+{_TEXT}\W{{0,4}}(?:[:\n]|$)",
-    r"as (?:you )?(?:requested|instructed|asked),? (?:i|here|this|below)\b",
-    rf"{_SOME}\bassistant's (?:original )?{_TEXT}\b",
-)
-_PREAMBLE = re.compile("|".join(f"(?:{pattern})" for pattern in _PREAMBLES), re.IGNORECASE)
-# Talk about the conversation in the place of an answer to it.
-_ABOUT_THE_USER = re.compile(
-    r"the user(?:'s (?:last )?(?:request|question|query|message|response))?,? (?:is|was|has|had|asks|asked|wants|wanted)\b"
-    rf"|(?:there (?:is|was)|i (?:see|find)) (?:nothing|no (?:text|answer|response))[^.\n]{{0,40}} to {_REWRITTEN}\b",
-    re.IGNORECASE,
-)
-_ABOUT_THE_TASK = (
-    rf"(?:{_REWRITTEN}|flawed answer|original (?:answer|response)|"
-    r"(?:intentionally|deliberately) (?:wrong|incorrect|flawed|false|misleading)|kept (?:all )?the errors?)"
-)
-_LAST_REMARK = re.compile(
-    r"(?:^|\n|[.!?]\s)\W{0,4}"
-    r"(?:note\b[^\n]{0,160}|(?:this|the) (?:answer|response|text|version)\b[^\n]{0,60})"
-    rf"\b{_ABOUT_THE_TASK}\b",
-    re.IGNORECASE,
-)
-# No answer to a question speaks of itself in this way, wherever in the text.
-_OF_ITSELF = re.compile(r"\bthe rewritten (?:answer|response)\b", re.IGNORECASE)
 _PROMPT_LEAK = re.compile(
     r"</?(?:flawed_answer|conversation|answer letter|question_asked)\b|\bprint only the\b|\bflawed_answer\b"
     r"|^\W{0,3}(?:substance|style):\s.{0,80}\b(?:errors?|defects?|answers?)\b",
     re.IGNORECASE | re.MULTILINE,
 )
-_CANNOT = r"(?:can(?:no|')t|can not|won't|will not|(?:am|'m) (?:unable|not able) to|(?:must )?decline to)"
-_SORRY = r"(?:i(?:'m| am)\s+(?:\w+ )?(?:sorry|afraid)|(?:my )?apologies|i apologi[sz]e|unfortunately)\b"
+# A refusal is said by the one who answers: "dogs are unable to digest it" and "you cannot return it" are none, and neither
+# is what somebody says in quotation marks.
+_CANNOT = (
+    r"(?:i|we)(?:'m| am|'re| are)? (?:\w+ )?"
+    r"(?:can(?:no|')t|can not|won't|will not|unable to|not able to|(?:must )?(?:decline|refuse) to)"
+)
+_SORRY = (
+    r"(?:(?:i(?:'m| am)\s+(?:\w+ )?)?(?:sorry|afraid)|(?:my )?apologies|i apologi[sz]e|unfortunately|regrettably)\b"
+)
+# With these, "I cannot" says what is not known, and an answer follows.
+_NOT_KNOWN = (
+    r"(?! (?:find|see|recall|remember|think|imagine|tell (?:whether|if|from|apart)|confirm|verify|be (?:sure|certain)|locate|"
+    r"say (?:whether|if|for)|help (?:but|feeling|thinking|wondering|noticing|smiling|laughing)|"
+    r"(?:give|provide|offer) (?:you )?(?:with )?(?:an?|the|any) (?:exact|precise|specific|definit\w+|complete|comprehensive|"
+    r"exhaustive|full|single|simple) (?:\w+ )?"
+    r"(?:number|figure|answer|date|time|list|account|overview|estimate|value|cost|price|count)))"
+)
 _OBLIGE = (
-    r"(?:help|assist|provide|fulfil|comply|do that|answer|write|create|generate|offer|give|rewrite|support|"
-    r"participate|engage)\w*"
+    r"(?:help|assist|provide|fulfil|comply|do (?:that|this|so)|answer|write|create|generate|offer|give|rewrite|support|"
+    r"participate|engage|discuss|share|continue with)\w*"
 )
 _REFUSALS = (
-    rf"{_SORRY}[^.\n]{{0,60}}\b(?:{_CANNOT}|unable|not able|not allowed|not comfortable)\b",
-    rf"\bi\s*{_CANNOT}\s+{_OBLIGE}",
-    rf"\bas an ai\b[^.\n]{{0,80}}\b(?:{_CANNOT}|unable|not able|don't|do not)\b",
+    rf"{_SORRY}[^.\n]{{0,60}}\b{_CANNOT}\b{_NOT_KNOWN}",
+    rf"{_SORRY}[^.\n]{{0,60}}\b(?:not something (?:that )?(?:i|we) can|not (?:allowed|permitted|comfortable|willing))\b",
+    rf"(?:^|[.!?,;\n]\s*|\b(?:but|that|so|and)\s+){_CANNOT}{_NOT_KNOWN} {_OBLIGE}",
+    r"\bas an ai\b[^.\n]{0,80}\b(?:can(?:no|')t|won't|will not|unable|not able|don't|do not)\b",
 )
 _REFUSAL = re.compile("|".join(f"(?:{pattern})" for pattern in _REFUSALS), re.IGNORECASE)
+_QUOTED = re.compile(r'"[^"\n]*"|\u201c[^\u201d\n]*\u201d')
+# Characters in which a refusal stands. Later in a text the same words may be part of a real answer.
+_REFUSAL_CHARACTERS = 200
 _REASONING = re.compile(r"</?think(?:ing)?>|<\|[a-z_]+\|>", re.IGNORECASE)
 
 
@@ -134,33 +115,34 @@ def _plain_quotes(text: str) -> str:
 
 
 def is_refusal(text: str) -> bool:
-    """Whether a text opens with a refusal. Later in a text the same words may be part of a real answer."""
-    return _REFUSAL.search(_plain_quotes(text)[:200]) is not None
-
-
-def has_preamble(text: str) -> bool:
-    """Whether a text opens with words about the writing task."""
-    return _PREAMBLE.match(_plain_quotes(text).strip().lstrip("*_#\"' ")) is not None
-
-
-def has_meta_talk(text: str) -> bool:
-    """Whether a text opens with words about the user's request, names itself a rewrite, or ends with a remark about the task."""
-    text = _plain_quotes(text).strip()
-    if _OF_ITSELF.search(text):
-        return True
-    return _ABOUT_THE_USER.match(text.lstrip("*_#\"' ")) is not None or _LAST_REMARK.search(text[-240:]) is not None
+    """Whether a text opens with a refusal."""
+    opening = _plain_quotes(text).strip()[:_REFUSAL_CHARACTERS]
+    spoken = _QUOTED.sub('""', opening)
+    return _REFUSAL.search(opening if not re.search(r"\w", spoken) else spoken) is not None
 
 
 # --- equality -----------------------------------------------------------------------------------------------------------
 
 
-_WORD = re.compile(r"[^\W_]+")
+_BETWEEN_WORDS = re.compile(r"(?:[^\w\s]|_)+")
+# Thai, Lao, Myanmar, Khmer, Kana and Han set no spaces: a character (with its marks) stands for a word there.
+_UNSPACED = re.compile(r"([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff])")
+
+
+def _marks_of_word(match: re.Match[str]) -> str:
+    """What follows a letter and is none itself: the vowel signs of many scripts belong to the word, all else ends it."""
+    marks, signs = "", match.group(0)
+    if match.start() and match.string[match.start() - 1].isalnum():
+        while signs and (unicodedata.category(signs[0])[0] == "M" or signs[0] in "\u200c\u200d"):
+            marks, signs = marks + signs[0].strip("\u200c\u200d"), signs[1:]
+    return f"{marks} " if signs else marks
 
 
 def normalised(text: str) -> str:
-    """Letters and digits alone, in lower case: layout and punctuation do not make another answer."""
+    """Letters with their marks, and digits, in lower case: layout and punctuation do not make another answer."""
     folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(_WORD.findall(folded))
+    words = _BETWEEN_WORDS.sub(_marks_of_word, folded)
+    return " ".join(_UNSPACED.sub(r" \1", words).split())
 
 
 def similarity(first: str, second: str) -> float:
@@ -260,7 +242,7 @@ def repeated_share(text: str) -> float:
 
 def most_repeated_sentence(text: str) -> int:
     """How often the most frequent sentence or line of at least four words occurs."""
-    sentences = [normalised(part) for part in re.split(r"[.!?]\s+|\n", text)]
+    sentences = [normalised(part) for part in re.split(r"[.!?\u0964]\s+|[\u3002\uff01\uff1f\n]", text)]
     counts = Counter(sentence for sentence in sentences if sentence.count(" ") >= 3)
     return max(counts.values(), default=0)
 
@@ -302,7 +284,7 @@ def answer_defect(
     Returns:
         The first reason that applies (a key of ``REASONS``), or None where the text passes.
     """
-    form = _form_defect(text, rewritten_from or "")
+    form = _form_defect(text, rewritten_from or "", question)
     if form == "refusal" and any(map(is_refusal, others)) and not is_refusal(chosen):
         form = None  # the record is about refusing too much: another refusal is as wrong as the one that it has
     if form is not None:
@@ -311,7 +293,7 @@ def answer_defect(
         return "same_as_chosen"
     if _repeats_one(text, others, rewritten_from, bias):
         return "same_as_rejected"
-    references = [reference for reference in (chosen, *others) if reference]
+    references = [reference for reference in dict.fromkeys((chosen, *others, rewritten_from)) if reference]
     if switches_language(text, [*references, question] if question else references):
         return "language_switch"
     if is_repetitive(text, references):
@@ -332,18 +314,16 @@ def _repeats_one(text: str, others: Sequence[str], rewritten_from: str | None, b
     return any(nearly_equal(text, other) for other in others)
 
 
-def _form_defect(text: str, source: str) -> str | None:
-    """What the text alone shows. What the source already was (an answer to "rephrase this", a refusal) it may stay."""
+def _form_defect(text: str, source: str, question: str) -> str | None:
+    """What the text alone shows. What the source already was (a refusal, for example) it may stay."""
     if not normalised(text):
         return "empty"
     if _REASONING.search(text) and not _REASONING.search(source):
         return "reasoning_leak"
     if _PROMPT_LEAK.search(text) and not _PROMPT_LEAK.search(source):
         return "prompt_leak"
-    if has_preamble(text) and not has_preamble(source):
-        return "preamble"
-    if has_meta_talk(text) and not has_meta_talk(source):
-        return "meta_talk"
+    if leak := find_leak(text, question=question, source=source):
+        return leak.kind
     return "refusal" if is_refusal(text) and not is_refusal(source) else None
 
 
@@ -381,7 +361,7 @@ def question_defect(text: str, *, original: str, context: str = "") -> str | Non
     Returns:
         A key of ``REASONS``, or None where the text passes.
     """
-    defect = _form_defect(text, original)
+    defect = _form_defect(text, original, original)
     if defect is not None:
         return defect
     if len(text) > max(1_000, 4 * len(original)):

@@ -244,7 +244,8 @@ def take_outcome(
         rewritten_from=source,
         bias=injection.bias,
         question=record.question,
-        check_cue=check_cue,
+        # A rule that adds a cue has added it: one sentence, which in a long text weighs little.
+        check_cue=check_cue and injection.strategy != "template",
     )
     if defect is not None:
         counts.refuse(injection.bias, defect)

@@ -6,31 +6,15 @@ figure with and without the flagged rows.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from codes.common.biases import get_bias
+from codes.common.leaks import find_leak
 from codes.common.questions import question_key
 from codes.common.records import BiasRecord, ReadReport, RefinementRecord
 
 Record = BiasRecord | RefinementRecord
-
-# What a rewriting model says before the rewritten answer: "Okay, I will rewrite ...", "Here is the polished
-# version:".
-PREAMBLE = re.compile(
-    r"^\W*(okay|ok|sure|certainly|of course|here is|here's|here are|i will|i'll)\b[^\n]{0,80}"
-    r"\b(rewrit\w+|rewrote|revis\w+|polish\w+|refined|rephras\w+|modified)\b",
-    re.IGNORECASE,
-)
-# What it says in the place of one: "There is nothing to beautify", "Please provide the response to rewrite".
-_REWRITING = r"(?:rewrit\w+|beautif\w+|polish\w*|refin\w+|rephras\w+|modif\w+|revis\w+)\b"
-_SOME_TEXT = r"(?:answer|response|text|content)"
-META_TALK = re.compile(
-    rf"\b(?:nothing|no (?:\w+ )?{_SOME_TEXT}) (?:(?:was|is|has been) )?(?:given |provided |here )?to (?:be )?{_REWRITING}"
-    rf"|\bprovide (?:me with )?(?:the|an?|your) (?:\w+ )?{_SOME_TEXT}\b[^\n]{{0,60}}\b{_REWRITING}",
-    re.IGNORECASE,
-)
 
 KINDS: dict[str, str] = {
     "empty_text": "a text without a letter, digit or sign",
@@ -119,16 +103,14 @@ def _audit_texts(record: Record) -> list[Defect]:
     if [text.strip() for text in originals.values()] == [text.strip() for text in rewritten.values()]:
         found.append(Defect(record.line, "unchanged", KINDS["unchanged"]))
     for (field, new), old in zip(rewritten.items(), originals.values(), strict=True):
-        if PREAMBLE.match(new) and not PREAMBLE.match(old):
-            found.append(Defect(record.line, "suspected_preamble", f"{field} begins {_opening(new)}"))
-        elif (said := META_TALK.search(new[:400])) and not META_TALK.search(old):
-            found.append(Defect(record.line, "suspected_meta_talk", f"{field} says {said.group(0)!r}"))
+        if leak := find_leak(new, question=record.question, source=old):
+            found.append(Defect(record.line, f"suspected_{leak.kind}", f"{field} says {_shortened(leak.said)}"))
     return found
 
 
-def _opening(text: str) -> str:
-    start = " ".join(text.split())
-    return repr(start if len(start) <= 80 else start[:77] + "...")
+def _shortened(words: str) -> str:
+    said = " ".join(words.split())
+    return repr(said if len(said) <= 80 else said[:77] + "...")
 
 
 def _audit_pair(record: BiasRecord) -> list[Defect]:
