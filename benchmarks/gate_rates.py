@@ -7,8 +7,8 @@ patterns were written; doubtful ones stand apart and count nowhere). Writes: ``b
 Run: ``python -m benchmarks.gate_rates`` (a minute).
 
 Patterns and bounds were set on the public rows of one half of the questions, by a hash; the other half is the one to quote. It is
-not wholly untouched: who labelled the leaks read both halves, one label was added where a pattern found what the reader had passed
-over, and "summarise" no longer counts as a wish to edit since a first measurement, which found 33 of the 35 leaks.
+not wholly untouched: who labelled the leaks read both halves, one label was added where a pattern found what the reader left
+out, and "summarise" no longer counts as a wish to edit since a first measurement, which found 33 of the 35 leaks.
 """
 
 from __future__ import annotations
