@@ -11,10 +11,10 @@ from construct_rows import words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.gate_rates import HELD_OUT, OWN_DATA, cue_rates, read_pairs
 from codes.common.biases import INJECTABLE, eval_file_name
 from codes.common.records import iter_preference_file, read_bias_file
 from codes.construct.cues import CUES, cue_count, gained_cue, shows_cue
+from codes.construct.gate_rates import HELD_OUT, OWN_DATA, cue_rates, read_pairs
 from codes.construct.gates import (
     BOUNDS,
     REASONS,
@@ -221,7 +221,7 @@ def test_the_gates_let_the_own_injected_answers_through() -> None:
     assert defects[None] >= 0.97 * defects.total(), defects
 
 
-# Floors under what ``python -m benchmarks.gate_rates`` measures on the public questions that no bound was set on. The aim is
+# Floors under what ``python -m codes.construct.gate_rates`` measures on the public questions that no bound was set on. The aim is
 # 0.9 of the cues seen and 0.8 of the others not. Flattery in the public files is in part mere politeness; lengths differ by half
 # between any two answers; and answers made concrete often cite studies, which is authority.
 SENSITIVITY = {"length": 0.89, "authority": 0.85, "beauty": 0.88, "assertiveness": 0.88, "sycophancy": 0.78}

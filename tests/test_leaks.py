@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gate_rates import HELD_OUT, SET_ON, innocent_rate, leak_figures
 from codes.common.leaks import find_leak
 from codes.common.records import BiasRecord
+from codes.construct.gate_rates import HELD_OUT, SET_ON, innocent_rate, leak_figures
 from codes.construct.gates import answer_defect
 from codes.evaluate.data_checks import audit, lines_by_kind
 

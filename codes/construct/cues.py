@@ -2,7 +2,7 @@
 
 Most marks are harmless by themselves: only how many more of them a text has than what it is compared with says something.
 A rewritten text is compared with its source, a text written from the question alone with the record's other answers. The
-word lists know English. ``python -m benchmarks.gate_rates`` prints how often a cue that is there is seen, and how often one
+word lists know English. ``python -m codes.construct.gate_rates`` prints how often a cue that is there is seen, and how often one
 that is not; the bounds were set on one half of the questions of public files, and its figures are of the other half.
 ``python -c "from codes.construct.cues import cue_rate; print(cue_rate('No doubt: it is certain.', 'assertiveness'))"``
 """

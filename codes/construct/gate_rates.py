@@ -4,7 +4,7 @@ Reads: the bias-evaluation files of ``data/eval`` and, where ``CONTRASTRM_EXTERN
 its ``train_pool.jsonl`` (answers that nobody rewrote), and ``benchmarks/leak_labels.json`` (which rewritten texts of the public
 files hold words about the writing task: labelled by reading every opening and end that has a word of that kind, before the
 patterns were written; doubtful ones stand apart and count nowhere). Writes: ``benchmarks/results/gate_rates.md``.
-Run: ``python -m benchmarks.gate_rates`` (a minute).
+Run: ``python -m codes.construct.gate_rates`` (a minute).
 
 Patterns and bounds were set on the public rows of one half of the questions, by a hash; the other half is the one to quote. It is
 not wholly untouched: who labelled the leaks read both halves, one label was added where a pattern found what the reader left
@@ -21,7 +21,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.rows import EXTERNAL_DATA, external_data
 from codes.common.biases import INJECTABLE, PAIRWISE, eval_file_name
 from codes.common.cli import run
 from codes.common.leaks import find_leak
@@ -36,9 +35,9 @@ from codes.common.records import (
 from codes.common.reporting import Section, render_markdown
 from codes.common.stats import Rate, wilson
 from codes.construct.cues import gained_cue, shows_cue
-from codes.evaluate.data_checks import named_texts
 
-REPO_ROOT = Path(__file__).resolve().parents[1]
+EXTERNAL_DATA = "CONTRASTRM_EXTERNAL_DATA"
+REPO_ROOT = Path(__file__).resolve().parents[2]
 OWN_DATA = REPO_ROOT / "data" / "eval"
 LABELS_FILE = REPO_ROOT / "benchmarks" / "leak_labels.json"
 RESULT = REPO_ROOT / "benchmarks" / "results" / "gate_rates.md"
@@ -120,8 +119,7 @@ def leak_figures(folder: Path, half: int) -> LeakFigures:
         for record in read(folder / eval_file_name(bias))[0]:
             if half_of(record.question) != half:
                 continue
-            originals, rewritten = named_texts(record)
-            for (field, text), source in zip(rewritten.items(), originals.values(), strict=True):
+            for field, text, source in _rewritten_texts(record):
                 name = f"{record.line} {field}"
                 if name in labels.get(bias, {}).get("unsure", ()):
                     continue
@@ -136,6 +134,13 @@ def leak_figures(folder: Path, half: int) -> LeakFigures:
         tuple(sorted(leaks - found)),
         tuple(sorted(found - leaks)),
     )
+
+
+def _rewritten_texts(record: BiasRecord | RefinementRecord) -> list[tuple[str, str, str]]:
+    """(field, text, its source) of the rewritten texts of a row."""
+    if isinstance(record, RefinementRecord):
+        return [("rewritten_response", record.rewritten_response, record.original_response)]
+    return [(f"rewritten_response{i + 1}", record.rewritten[i], record.original[i]) for i in (0, 1)]
 
 
 def innocent_rate(file: Path) -> Rate:
@@ -168,7 +173,7 @@ def report_sections() -> list[Section]:
     """All tables; those of public files only where they are."""
     sections = [_cue_section("Cues, the project's own files", read_pairs(OWN_DATA))]
     if os.environ.get(EXTERNAL_DATA):
-        folder = external_data() / "judgebias_dev"
+        folder = Path(os.environ[EXTERNAL_DATA]) / "judgebias_dev"
         sections = [
             _leak_section(folder),
             _cue_section("Cues, public files, the half that was held out", read_pairs(folder, HELD_OUT)),
@@ -180,7 +185,9 @@ def report_sections() -> list[Section]:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gate_rates", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m codes.construct.gate_rates", description=(__doc__ or "").split("\n")[0]
+    )
     parser.parse_args(argv)
     text = render_markdown("What the gates see", report_sections())
     write_text(RESULT, text)
