@@ -109,6 +109,7 @@ def test_bad_notation_is_named(text: str, expected: str) -> None:
         '["a.jsonl"]',
         '[{"path": "a", "weight": true}]',
         '[{"path": "a", "wieght": 1}]',
+        '[{"path": "a", "path": "b"}]',
         "[]",
     ],
 )
