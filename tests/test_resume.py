@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from codes.common.errors import ContrastRMError
+from codes.common.records import file_sha256
 from codes.train.checkpoints import MANIFEST_FILE, check_same_run, damage, hold_folder, list_checkpoints
 from codes.train.train_reward_model import main
 from tests.conftest import REPO_ROOT, finish, launch_training
@@ -296,19 +297,69 @@ def test_kills_in_every_phase(tmp_path: Path) -> None:
     assert result["left_over"] == []
 
 
-def test_deepspeed_resumes_where_it_was(flags: Callable[..., list[str]], tmp_path: Path) -> None:
-    """ZeRO-3 in bf16; ``python -m benchmarks.training_kills --ranks 2 --engine ...`` has the others, with kills."""
+@pytest.mark.parametrize("kind", ["ds_z3 in full", "ds_z2 with LoRA"])
+def test_deepspeed_resumes_where_it_was(kind: str, flags: Callable[..., list[str]], tmp_path: Path) -> None:
+    """In bf16; ``benchmarks/training_kills.py --ranks 2 --engine ... --precision ...`` has the others, with kills."""
     whole, out = tmp_path / "whole", tmp_path / "out"
     extra = ("--precision", "bf16", "--save_steps", "7", "--learning_rate", "1e-4")
-    knobs = {"NUM_PROCESSES": "2", "DEEPSPEED_CONFIG": "configs/ds_z3_config.json"}
+    if kind.endswith("LoRA"):
+        extra += ("--lora_rank", "2", "--lora_dropout", "0.1")
+    knobs = {"NUM_PROCESSES": "2", "DEEPSPEED_CONFIG": f"configs/{kind.split()[0]}_config.json"}
     finish(launch_training(*flags(whole, *extra), **knobs))
+    state = json.loads((whole / "checkpoint-7" / "trainer_state.json").read_text())["fingerprint"]
+    assert state["shards"] == 2 and state["engine"] == f"deepspeed stage {kind[4]}"
     shutil.copytree(whole / "checkpoint-7", out / "checkpoint-7")
     [printed] = finish(launch_training(*flags(out, *extra, "--resume", "auto"), **knobs))
     assert "resuming from" in printed
     assert_same_run(out, whole, 1e-6)
-    shutil.copytree(whole / "checkpoint-7", tmp_path / "alone" / "checkpoint-7")
+    if kind.endswith("LoRA"):
+        [file] = (out / "checkpoint-7").rglob("mp_rank_00_model_states.pt")
+        held = torch.load(file, weights_only=True)["module"]
+        assert held and all("lora_" in name or ".score." in name for name in held)
+        return
+    alone = tmp_path / "alone"
+    shutil.copytree(whole / "checkpoint-7", alone / "checkpoint-7")
     with pytest.raises(ContrastRMError, match=r"belongs to another run \(.*engine 'deepspeed stage \d' -> 'plain'"):
-        main(flags(tmp_path / "alone", *extra, "--resume", "auto"))
+        main(flags(alone, *extra, "--resume", "auto"))
+    [file, _] = (alone / "checkpoint-7").rglob("*_optim_states.pt")
+    plant(file, tmp_path / "planted")
+    started = launch_training(*flags(alone, *extra, "--resume", "auto"), **knobs)
+    _, errors = started.communicate(timeout=200)
+    assert started.returncode == 2 and "holds more than numbers" in errors, errors[-3000:]
+    assert not (tmp_path / "planted").exists()
+
+
+class Planted:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.folder),)
+
+
+def plant(file: Path, folder: Path) -> None:
+    """Put code into a checkpoint's file, and its hash into the manifest, as whoever can write it can."""
+    torch.save({"state": Planted(folder)}, file)
+    [checkpoint] = [path for path in file.parents if path.name.startswith("checkpoint-")]
+    entries = json.loads((checkpoint / MANIFEST_FILE).read_text())
+    for entry in entries["files"]:
+        if checkpoint / entry["path"] == file:
+            entry |= {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+    (checkpoint / MANIFEST_FILE).write_text(json.dumps(entries))
+    assert damage(checkpoint) is None
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl"])
+def test_code_in_a_checkpoint_does_not_run(name: str, flags: Callable[..., list[str]], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(flags(out, "--save_steps", "15")) == 0
+    forget_the_end(out)
+    plant(out / "checkpoint-15" / name, tmp_path / "planted")
+    with pytest.raises(ContrastRMError, match="checkpoint-15 was not loaded: it holds more than numbers"):
+        main(flags(out, "--resume", "auto"))
+    assert not (tmp_path / "planted").exists()
 
 
 def test_shards_name_their_number_of_processes(tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ Used by ``python -m codes.train.train_reward_model`` (``--save_steps``, ``--save
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +23,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object, load
 from safetensors import SafetensorError
 
 from codes.common.cli import is_first_process, non_negative_float
@@ -39,6 +41,8 @@ EARLIER_FOLDER = "earlier_run"
 CONTINUE = "free some space, then continue with --resume auto (RESUME=auto)"
 # Hashing leaves the interpreter's lock: a few threads read as fast as a disk gives.
 HASH_THREADS = 4
+# torch's own switches over what its callers ask for.
+ONLY_DATA, NOT_ONLY_DATA = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 # What torch's writer says, without an errno, when the disk refuses a part of a file.
 WRITE_FAILURE = re.compile(r"PytorchStreamWriter|PytorchFileWriter|inline_container|iostream|file write failed", re.I)
 
@@ -118,10 +122,12 @@ def _write_parts(accelerator: Accelerator, scratch: Path, state: Mapping[str, An
     def without_wrappers(models: list[torch.nn.Module], weights: list[Any], _folder: str) -> None:
         # Under DeepSpeed there are none: it writes its own pieces.
         if weights:
-            weights[:] = [accelerator.unwrap_model(model).state_dict() for model in models]
+            weights[:] = [_changing_weights(accelerator.unwrap_model(model)) for model in models]
 
+    # DeepSpeed is told the same in its own words.
+    own = {"exclude_frozen_parameters": True} if _is_deepspeed(accelerator) else {}
     with accelerator.register_save_state_pre_hook(without_wrappers):
-        accelerator.save_state(str(scratch))
+        accelerator.save_state(str(scratch), **own)
     if accelerator.is_main_process:
         write_json(scratch / STATE_FILE, dict(state))
     accelerator.wait_for_everyone()
@@ -137,6 +143,27 @@ def _write_parts(accelerator: Accelerator, scratch: Path, state: Mapping[str, An
         write_json(scratch / MANIFEST_FILE, {"files": sorted(gathered, key=lambda entry: str(entry["path"]))})
         for folder in (*(path for path in scratch.rglob("*") if path.is_dir()), scratch):
             sync(folder)
+
+
+def _changing_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What training changes: frozen weights are the base model's, and a run with an adapter begins with loading that."""
+    frozen = {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
+
+def frozen_digest(model: torch.nn.Module) -> str | None:
+    """A fingerprint of the frozen weights, which no checkpoint holds; None where there are none.
+
+    The first numbers of each: another base model differs in all of them, and nothing of its size needs to be read.
+    """
+    frozen = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    if not frozen:
+        return None
+    digest = hashlib.sha256()
+    for name, parameter in frozen:
+        numbers = parameter.detach().flatten()[:1024].double().cpu().numpy()
+        digest.update(f"{name}:{tuple(parameter.shape)}:".encode() + numbers.tobytes())
+    return digest.hexdigest()
 
 
 def _files(folder: Path) -> list[Path]:
@@ -172,12 +199,48 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, fingerprint: Map
     def without_wrappers(models: list[torch.nn.Module], _folder: str) -> None:
         models[:] = [accelerator.unwrap_model(model) for model in models]
 
-    with accelerator.register_load_state_pre_hook(without_wrappers):
-        accelerator.load_state(str(checkpoint))
+    strictly = {
+        "load_module_strict" if _is_deepspeed(accelerator) else "strict": state["fingerprint"].get("frozen") is None
+    }
+    try:
+        with accelerator.register_load_state_pre_hook(without_wrappers), _only_data(accelerator):
+            for random_state in checkpoint.glob(f"random_states_{accelerator.process_index}.pkl"):
+                load(random_state)  # accelerate would go on without a word where it cannot be read
+            accelerator.load_state(str(checkpoint), **strictly)
+    except pickle.UnpicklingError as error:
+        raise ContrastRMError(
+            f"{checkpoint} was not loaded: it holds more than numbers, and loading it could run code of whoever wrote it "
+            f"({str(error).strip().splitlines()[0]}). Take another checkpoint, or one that this version has written"
+        ) from error
     # accelerate also restores its count of micro-steps, which another micro-batch size or world size would shift against
     # our steps. A checkpoint always lies between two steps.
     accelerator.step = 0
     return state
+
+
+@contextmanager
+def _only_data(accelerator: Accelerator) -> Iterator[None]:
+    """Within it ``torch.load`` builds tensors and plain values, whatever its caller asks for: DeepSpeed asks for everything."""
+    allowed: list[Any] = []
+    if _is_deepspeed(accelerator):
+        # Imported where it is used: one process needs no DeepSpeed.
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        allowed = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+    before = {name: os.environ.pop(name, None) for name in (ONLY_DATA, NOT_ONLY_DATA)}
+    os.environ[ONLY_DATA] = "1"
+    try:
+        with torch.serialization.safe_globals(allowed):
+            yield
+    finally:
+        del os.environ[ONLY_DATA]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def _is_deepspeed(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
 def recorded_budget(checkpoint: Path | None, made_for: Mapping[str, Any]) -> int:
@@ -216,7 +279,7 @@ def check_same_run(what: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any
 
 def engine_fingerprint(accelerator: Accelerator) -> dict[str, Any]:
     """Who can read a checkpoint: plain ones every number of processes, DeepSpeed's the same stage and number only."""
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+    if not _is_deepspeed(accelerator):
         return {"engine": "plain", "shards": None}
     stage = accelerator.state.deepspeed_plugin.zero_stage
     return {"engine": f"deepspeed stage {stage}", "shards": accelerator.num_processes}
