@@ -236,3 +236,17 @@ def test_samples_show_texts_as_they_are(tmp_path: Path) -> None:
     [section] = [report._sample_section(1, row) for row in summary["samples"]]
     text = "\n\n".join(section.paragraphs)
     assert "````text\n## Big" in text and "[…]" in text and RIGHT in text
+
+
+def test_an_id_is_text_in_the_report(tmp_path: Path) -> None:
+    rows = sample_rows(3)
+    rows[0]["id"] = "r0\n\n# All is well\n\n<img src=x> [here](http://elsewhere) \u202egnp"
+    rows[1]["chosen"] += " \u202etxet"
+    write_rows(tmp_path / "in.jsonl", rows)
+    folders = ["--work_dir", str(tmp_path / "work"), "--input_file", str(tmp_path / "in.jsonl")]
+    assert gptout.main([*folders, "--output_file", str(tmp_path / "out.jsonl"), "--strategy", "template"]) == 0
+    assert report.main(["--work_dir", str(tmp_path / "work")]) == 0
+    text = (tmp_path / "work" / report.MARKDOWN_FILE).read_text()
+    assert "All is well" in text and "\u202e" not in text
+    assert not any(line.startswith("# All") for line in text.splitlines())
+    assert "<img" not in text.replace("\\<img", "") and "[here](" not in text

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tempfile
 from collections import Counter
 from itertools import islice
 from pathlib import Path
 
 import pytest
-from construct_rows import MULTI_TURN, read_rows, sample_rows, write_rows
+from construct_rows import MULTI_TURN, read_rows, sample_rows, words, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -192,3 +194,51 @@ def test_what_goes_in_comes_out_or_is_counted(kinds: list[str], per_record: int,
     assert n_planned == per_record * len(out) == n_kept + sum(section["n_failed"].values()) == n_kept + len(failed)
     assert n_kept == sum(bias is not None for row in out for bias in row["bias_type"])  # type: ignore[attr-defined]
     assert [row["id"] for row in out] == list(dict.fromkeys(ids))[: limit or None]
+
+
+def test_an_answer_that_a_step_wrote_is_never_the_source_of_another(tmp_path: Path) -> None:
+    rows = sample_rows(30)
+    for row in rows:
+        # As gptinst leaves it: an answer to another request, without a bias.
+        row["rejected"] = [words(f"similar {row['id']}"), *row["rejected"], words(f"more {row['id']}")]
+        row["injections"] = [{"index": 0, "bias": None, "strategy": "similar_question", "model": "writer"}]
+    write_rows(tmp_path / "in.jsonl", rows)
+    written = run_template(tmp_path, "out.jsonl")
+    sources = Counter(entry["source_index"] for row in written for entry in row["injections"][1:])  # type: ignore[index]
+    # Of the two original answers now one is taken and now the other.
+    assert set(sources) == {1, 2} and sources.total() == 60
+
+
+def test_two_template_runs_share_no_work_folder(tmp_path: Path) -> None:
+    write_rows(tmp_path / "in.jsonl", sample_rows(3))
+    (tmp_path / "work").mkdir()
+    holder = (
+        "import sys; from codes.construct.work_dir import hold_work_dir\n"
+        "with hold_work_dir(sys.argv[1]): print('held', flush=True); input()"
+    )
+    command = [sys.executable, "-c", holder, str(tmp_path / "work")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPO_ROOT) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(ContrastRMError, match="another run is using"):
+            run_template(tmp_path, "out.jsonl")
+        assert not (tmp_path / "out.jsonl").exists()
+        other.communicate("\n")
+    assert len(run_template(tmp_path, "out.jsonl")) == 3
+
+
+def test_what_a_killed_run_left_half_written_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+    write_rows(tmp_path / "in.jsonl", sample_rows(3))
+    writer = (
+        "import sys; from codes.common.records import open_atomic\n"
+        "with open_atomic(sys.argv[1]) as handle: print('open', flush=True); input()"
+    )
+    command = [sys.executable, "-c", writer, str(tmp_path / "out.jsonl")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPO_ROOT) as other:
+        assert other.stdout is not None and other.stdout.readline() == "open\n"
+        (unfinished,) = tmp_path.glob(".out.jsonl.*")
+        run_template(tmp_path, "out.jsonl")
+        assert unfinished.exists()
+        other.kill()
+    assert unfinished.exists()
+    run_template(tmp_path, "out.jsonl")
+    assert not unfinished.exists() and not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

@@ -227,6 +227,24 @@ def test_a_bad_negative_is_dropped_and_what_remains_is_judged_again(tmp_path: Pa
     read_preference_file(tmp_path / "train.jsonl")
 
 
+def test_a_record_without_a_good_negative_keeps_all_and_margins_follow_their_answers(tmp_path: Path) -> None:
+    rows = rows_with_bias(2)
+    # The judge prefers the first, then, when it is gone, the second: there is nothing left to keep.
+    rows[0] |= {"rejected": [f"{WORST} {words('six')}", f"{BAD} {words('seven')}"], "margin": [1.0, 2.0]}
+    rows[1] |= {"rejected": [f"{BAD} {words('a')}", words("b"), words("c")], "margin": [3.0, None, 5.0]}
+    rows[1] |= {"bias_type": [None, None, "length"], "injections": [{"index": 2, "bias": "length", "source_index": 1}]}
+    write_rows(tmp_path / "in.jsonl", rows)
+    with ChatServer(fall_for_bad) as server:
+        assert verify_correctness.main([*judge_flags(server, tmp_path), "--drop_bad_negatives"]) == 0
+    lost, kept = read_rows(tmp_path / "judged.jsonl")
+    assert lost["verify_correctness"] == "CHOSEN_NOT_BEST" and lost["verification"]["n_rounds"] == 2
+    assert {key: lost[key] for key in ("rejected", "bias_type", "margin", "injections")} == {
+        key: rows[0][key] for key in ("rejected", "bias_type", "margin", "injections")
+    }
+    assert kept["rejected"] == rows[1]["rejected"][1:] and kept["margin"] == [None, 5.0]
+    assert kept["injections"] == [{"index": 1, "bias": "length", "source_index": 0}]
+
+
 def test_without_the_option_the_whole_row_goes(tmp_path: Path) -> None:
     rows = rows_with_bad_negatives()
     write_rows(tmp_path / "in.jsonl", rows)

@@ -7,11 +7,14 @@ Neither is a reason to stop a run: a lock becomes a marker file there, and the f
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import re
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
@@ -42,6 +45,50 @@ def permit(path: str | Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     os.chmod(path, (0o777 if Path(path).is_dir() else 0o666) & ~mask)
+
+
+def open_temporary(path: str | Path) -> tuple[int, str]:
+    """Open a file beside another one, to be written and then renamed to it; the lock on it says that its writer lives.
+
+    Returns:
+        Descriptor and name.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    path = Path(path)
+    while True:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        except OSError as error:
+            if error.errno not in NOT_SUPPORTED:
+                os.close(descriptor)
+                Path(name).unlink()
+                raise
+        # Somebody who clears up may have come between the two calls.
+        if os.fstat(descriptor).st_nlink:
+            return descriptor, name
+        os.close(descriptor)
+
+
+def remove_abandoned(path: str | Path) -> None:
+    """Remove what killed processes left of ``open_temporary`` for a file.
+
+    What living ones write stays, and so does everything where the file system knows no locks.
+    """
+    path = Path(path)
+    temporary = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}")
+    for entry in list(os.scandir(path.parent)):
+        if not temporary.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
+            continue
+        with suppress(OSError):
+            descriptor = os.open(entry.path, os.O_RDWR)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                Path(entry.path).unlink()
+            finally:
+                os.close(descriptor)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from typing import IO, Any, TypeVar
 
 from codes.common.biases import INJECTABLE
 from codes.common.errors import ContrastRMError, RecordError
-from codes.common.files import permit
+from codes.common.files import open_temporary, permit, remove_abandoned
 
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant")
@@ -956,10 +956,13 @@ def open_atomic(path: str | Path) -> Iterator[IO[str]]:
     """
     path = Path(path)
     temporary: str | None = None
+    held: int | None = None
     try:
         with _cannot_write(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+            remove_abandoned(path)
+            descriptor, temporary = open_temporary(path)
+            held = os.dup(descriptor)  # the lock on the file outlasts its closing, until it has its name
             handle = os.fdopen(descriptor, "w", encoding="utf-8")
         try:
             yield handle
@@ -978,6 +981,8 @@ def open_atomic(path: str | Path) -> Iterator[IO[str]]:
         # Whatever went wrong (a full disk, text that is no UTF-8, Ctrl-C): nothing half-written stays.
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+        if held is not None:
+            os.close(held)
 
 
 @contextmanager

@@ -76,7 +76,7 @@ from codes.construct.verify_correctness import (
     judge_stream,
     shown_orders,
 )
-from codes.construct.work_dir import failure, request_failure, write_report_section
+from codes.construct.work_dir import failure, hold_work_dir, request_failure, write_report_section
 
 STEP = "build_eval_pairs"
 REWRITES_FILE = "eval_rewrites.jsonl"
@@ -889,7 +889,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.estimate:
             print("estimate for evaluation pairs: no model is asked; nothing to pay")
             return 0
-        return run_step(None)
+        with hold_work_dir(args.work_dir):
+            return run_step(None)
     price = Price.of(args.judge_price_in, args.judge_price_out, "--judge_price_in and --judge_price_out")
     is_other = has_writer and has_judge and judge_model != args.api_model
     if not has_writer:

@@ -62,7 +62,7 @@ from codes.construct.steps import (
     usage_counts,
 )
 from codes.construct.template import TEMPLATE_VERSION, apply_template
-from codes.construct.work_dir import failure, request_failure, write_report_section
+from codes.construct.work_dir import failure, hold_work_dir, request_failure, write_report_section
 
 STEP = "gptout"
 
@@ -406,7 +406,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.estimate:
             print("estimate for biased answers: the template strategy asks no model; nothing to pay")
             return 0
-        return run_step(None)
+        with hold_work_dir(args.work_dir):
+            return run_step(None)
     api = open_api_of(args)
     with api.ledger:
         return run_step(api)

@@ -25,7 +25,18 @@ from codes.common.biases import INJECTABLE
 from codes.common.cli import run
 from codes.common.errors import ContrastRMError
 from codes.common.records import PreferenceRecord, iter_jsonl, iter_preference_file, write_text
-from codes.common.reporting import BLUE, VERMILION, Panel, Section, number, percent, plot_rates, render_markdown
+from codes.common.reporting import (
+    BLUE,
+    VERMILION,
+    Panel,
+    Section,
+    markdown_text,
+    number,
+    percent,
+    plot_rates,
+    printable,
+    render_markdown,
+)
 from codes.common.stats import mean_interval, wilson
 from codes.construct import gptinst, gptout, verify_correctness
 from codes.construct.gates import REASONS
@@ -326,7 +337,7 @@ def _verdict_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     if summary["judge"] is None:
         yield "No judge was asked."
         return
-    yield f"Judge: {summary['judge']}." + (
+    yield f"Judge: {markdown_text(summary['judge'])}." + (
         " It wrote some of these answers itself, and models favour their own texts."
         * bool(summary["judge_wrote_answers"])
     )
@@ -350,11 +361,12 @@ def _sample_section(position: int, row: Mapping[str, Any]) -> Section:
     texts += [(bias or "rejected", text) for bias, text in zip(row["bias_type"], row["rejected"], strict=True)]
     lines = [f"Verdict: {row.get('verify_correctness', 'none')}."]
     lines += [f"**{name}**\n\n{_quoted(text)}" for name, text in texts]
-    return Section(f"Sample {position}: {row['id']}", lines)
+    return Section(f"Sample {position}: {markdown_text(row['id'])}", lines)
 
 
 def _quoted(text: str) -> str:
     """A text as it is, whatever Markdown it holds."""
+    text = printable(text)
     shown = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} […]"
     fence = "`" * 3
     while fence in shown:

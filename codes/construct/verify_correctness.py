@@ -59,7 +59,7 @@ from codes.common.stats import wilson
 from codes.construct.api import Api, add_api_arguments, is_embedded_server, open_api_of
 from codes.construct.build_prompt import PROMPT_VERSION, build_judge, candidate_letters
 from codes.construct.steps import FailureLog, ask_groups, check_input, injections_of, read_counts, usage_counts
-from codes.construct.work_dir import failure, request_failure, write_report_section
+from codes.construct.work_dir import failure, hold_work_dir, request_failure, write_report_section
 
 STEP = "verify_correctness"
 MAX_CANDIDATES = 26
@@ -698,7 +698,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.estimate:
             print("estimate for verdicts: no judge is asked; nothing to pay")
             return 0
-        return run_step(None)
+        with hold_work_dir(args.work_dir):
+            return run_step(None)
     api = open_api_of(args)
     with api.ledger:
         return run_step(api)

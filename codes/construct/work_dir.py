@@ -8,16 +8,32 @@ its own part of both files, so that a repeated run counts nothing twice. Used by
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from codes.common.files import hold
 from codes.common.llm_outcomes import ApiError
-from codes.common.records import iter_jsonl, write_json, write_jsonl
+from codes.common.llm_session import LEDGER_FILE
+from codes.common.records import ensure_writable_folder, iter_jsonl, write_json, write_jsonl
 
 FAILED_FILE = "failed.jsonl"
 REPORT_FILE = "construction_report.json"
+
+
+@contextmanager
+def hold_work_dir(work_dir: str | Path) -> Iterator[None]:
+    """Keep other runs out of a work folder while a step without a model runs. One with a model does so by its ledger.
+
+    Raises:
+        ContrastRMError: Another run is at work there, or the folder cannot be written.
+    """
+    folder = ensure_writable_folder(work_dir)
+    in_use = f"another run is using {folder}; wait for it to end, or choose another --work_dir"
+    with hold(folder / f"{LEDGER_FILE}.lock", in_use):
+        yield
 
 
 def failure(record_id: str, step: str, reason: str, **details: Any) -> dict[str, Any]:
