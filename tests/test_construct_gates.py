@@ -271,7 +271,7 @@ def test_the_gates_let_public_rewrites_through(bias: str) -> None:
         "\"I'm sorry, I can't give you the money,\" said Tom, and closed the door.",
         'Natsuki: "I cannot help you with that, Yuri." She laughs.',
         # The words of a refusal, late in an answer.
-        f"{words('answer', 60)}. And to the hacker I say: I cannot help you.",
+        f"{words('answer', 60)}. I cannot help you with the rest.",
     ],
 )
 def test_innocent_openings_are_no_refusal(text: str) -> None:
