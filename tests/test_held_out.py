@@ -27,7 +27,7 @@ from codes.common.chat import ChatFormatter
 from codes.common.errors import ContrastRMError
 from codes.common.questions import question_key
 from codes.common.records import PreferenceRecord, read_preference_file, write_jsonl
-from codes.common.scoring import Conversation, Scorer
+from codes.common.scoring import Conversation, Scorer, plan_packs
 from codes.train.best_checkpoint import BestFolder, Ranking, resolve_ranking
 from codes.train.held_out import (
     HeldOutRecords,
@@ -202,6 +202,42 @@ def test_final_files_are_refused_by_place_and_by_content(tmp_path: Path) -> None
         hold_out(training, share=0, eval_file="", bias_eval_dir=str(tmp_path), seed=1)
     with pytest.raises(ContrastRMError, match=r"holds no bias-evaluation file; expected length_bias.jsonl"):
         hold_out(training, share=0, eval_file="", bias_eval_dir=str(tmp_path / "nowhere"), seed=1)
+
+
+def test_final_questions_are_those_of_every_format_under_data_eval(
+    write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Bias files ask a ``question``, RewardBench's a ``prompt``; both are final, however the held-out row spells them."""
+    final = {
+        file: json.loads((REPO_ROOT / "data/eval" / file).read_text().splitlines()[0])
+        for file in ("length_bias.jsonl", "reward_bench/own_sample.jsonl")
+    }
+    prompt = final["reward_bench/own_sample.jsonl"]["prompt"]
+    asked = [final["length_bias.jsonl"]["question"], prompt if isinstance(prompt, str) else prompt[-1]["content"]]
+    given_rows = [make_record(7).to_row()]
+    given_rows += [given_rows[0] | {"id": f"f{k}", "question": f"  {text.upper()}?"} for k, text in enumerate(asked)]
+    eval_file = write_rows("eval.jsonl", given_rows)
+    _, held_out = hold_out([make_record(1)], share="auto", eval_file=str(eval_file), bias_eval_dir="", seed=1)
+    assert held_out is not None and [record.id for record in held_out.records] == ["r7"]
+    assert held_out.report["n_final"] == 2
+
+
+def test_a_split_beside_bias_files_trains_on_no_question_that_it_holds_out(
+    write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Rows whose question the split holds out are not trained on and stay; the others' go."""
+    training = [make_record(number) for number in range(20)]
+    fields = ("original_response1", "original_response2", "rewritten_response1", "rewritten_response2")
+    rows = [
+        {"question": record.question.upper(), "label": "response1"} | {name: f"{name} {n}" for name in fields}
+        for n, record in enumerate(training)
+    ]
+    folder = write_rows("length_bias.jsonl", rows).parent
+    kept, held_out = hold_out(training, share=0.3, eval_file="", bias_eval_dir=str(folder), seed=1)
+    assert held_out is not None and held_out.bias_rows is not None
+    left = {question_key(row.question) for row in held_out.bias_rows["length"]}
+    assert left == {question_key(record.question) for record in held_out.records} and len(left) == 6
+    assert held_out.report["bias_files"]["length"]["n_trained_on"] == len(kept) == 14
 
 
 def test_a_share_of_one_question_is_refused() -> None:
@@ -627,15 +663,23 @@ def test_a_lost_best_is_said_and_chosen_anew(
     assert read_summary(out)["held_out"]["best"]["step"] > 8
 
 
+ODD_BUDGET = 120
+
+
 @pytest.mark.parametrize("engine", ["none", "configs/ds_z3_config.json"])
 def test_two_ranks_evaluate_as_one_process(tiny_base_dir: Path, train_file: Path, tmp_path: Path, engine: str) -> None:
     """Uneven batches (an odd number of them over two ranks), and the best weights gathered in the middle of training."""
-    extra = (*HELD, "--eval_steps", "2", "--max_tokens_per_batch", "120", "--metric_for_best", "score_gap")
+    extra = (*HELD, "--eval_steps", "2", "--max_tokens_per_batch", str(ODD_BUDGET), "--metric_for_best", "score_gap")
     extra += ("--load_best_at_end", "1", "--learning_rate", "1e-2")
     train_here(tiny_base_dir, train_file, tmp_path / "single", *extra)
     out = tmp_path / "two"
     files = {"MODEL_PATH": str(tiny_base_dir), "TRAIN_FILE": str(train_file), "OUTPUT_DIR": str(out)}
     finish(launch_training(*BASE, *extra, **files, NUM_PROCESSES="2", DEEPSPEED_CONFIG=engine))
+    # The last turn has a batch for one rank alone.
+    _, tokenizer = load_reward_model(str(tmp_path / "single"))
+    encoded = ChatFormatter(tokenizer).encode(read_held_out_texts(out))
+    distinct = list(dict.fromkeys(text.input_ids for text in encoded))
+    assert len(plan_packs(distinct, ODD_BUDGET, share=True)) % 2 == 1
     single, two = (read_lines(folder / "eval_log.jsonl") for folder in (tmp_path / "single", out))
     assert [e["step"] for e in two] == [e["step"] for e in single]
     for mine, theirs in zip(two, single, strict=True):

@@ -24,7 +24,7 @@ from codes.common.chat import ChatFormatter, Conversation, EncodedText
 from codes.common.errors import ContrastRMError
 from codes.common.packing import build_pack
 from codes.common.records import read_preference_file
-from codes.common.scoring import Scorer
+from codes.common.scoring import Scorer, resolve_packing
 from codes.train.data_utils import (
     Group,
     collate_groups,
@@ -536,6 +536,21 @@ def test_token_budget_follows_the_memory(tiny_base_dir: Path) -> None:
     assert choose_token_budget(model, cpu, gradient_checkpointing=False, memory=2**34, **options) == 4096
     with pytest.raises(ContrastRMError, match="nothing fits beside it. Use ZeRO-3"):
         choose_token_budget(model, card, gradient_checkpointing=False, memory=2**20, **options)
+
+
+def test_a_kernel_of_gpus_is_not_measured_on_the_cpu(tiny_base_dir: Path) -> None:
+    """The budget of --attn_implementation flash_attention_2 is found before the model is on the device where that runs."""
+    budgets = {}
+    for name in ("sdpa", "flash_attention_2"):
+        model, _ = load_reward_model(str(tiny_base_dir), dtype="float32", require_head=False)
+        # As it is loaded where the package is installed.
+        model.backbone.config._attn_implementation = name
+        assert resolve_packing(model, "off") == "off"
+        budgets[name] = choose_token_budget(
+            model, torch.device("cuda"), precision="fp32", world_size=1, gradient_checkpointing=False, memory=2**28
+        )
+        assert model.backbone.config._attn_implementation == name
+    assert budgets["flash_attention_2"] == budgets["sdpa"] < 65536
 
 
 def test_sharding_shares_the_state() -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def _kept_bytes(model: RewardModel, n_tokens: int) -> int:
     vocabulary = model.backbone.get_input_embeddings().weight.shape[0]
     ids = (torch.arange(n_tokens) % vocabulary).tolist()
     device = next(model.parameters()).device
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with _attention_of(device, model), torch.enable_grad(), hooks:
         if model.takes_packs:
             pack = build_pack([ids], multiple_of=FLEX_BLOCK if device.type == "cuda" else 1).to(device)
             scores = model(pack.input_ids, layout=pack.layout, ends=pack.ends)
@@ -75,6 +77,21 @@ def _kept_bytes(model: RewardModel, n_tokens: int) -> int:
     total = sum(kept.values())
     del scores
     return total
+
+
+@contextmanager
+def _attention_of(device: torch.device, model: RewardModel) -> Iterator[None]:
+    """On a CPU an attention that runs there: flash attention and the like do not, and keep as much as SDPA does."""
+    config = model.backbone.config
+    wanted = config._attn_implementation
+    if device.type != "cpu" or model.takes_packs or wanted in ("sdpa", "eager"):
+        yield
+        return
+    try:
+        config._attn_implementation = "sdpa" if model.backbone._supports_sdpa else "eager"
+        yield
+    finally:
+        config._attn_implementation = wanted
 
 
 def state_bytes(
