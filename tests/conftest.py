@@ -10,13 +10,14 @@ import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.distributed import TCPStore
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -197,6 +198,25 @@ def write_rows(tmp_path: Path) -> Callable[[str, Sequence[Any]], Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def meeting_point() -> Iterator[dict[str, str]]:
+    """Variables of two processes that a test starts itself: they meet at a port that this process holds, as under torchrun.
+
+    A port that is looked up, closed and named to them could be another process's by then.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    yield {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    del store
 
 
 def launch_training(*flags: str, **knobs: str) -> subprocess.Popen[str]:

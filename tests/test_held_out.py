@@ -663,7 +663,7 @@ def test_a_lost_best_is_said_and_chosen_anew(
     assert read_summary(out)["held_out"]["best"]["step"] > 8
 
 
-ODD_BUDGET = 120
+ODD_BUDGET = 130
 
 
 @pytest.mark.parametrize("engine", ["none", "configs/ds_z3_config.json"])

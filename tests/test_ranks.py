@@ -7,7 +7,7 @@ import os
 import random
 import re
 import shutil
-import socket
+import signal
 import subprocess
 import sys
 import time
@@ -28,10 +28,21 @@ LAUNCH += ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_back
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rows")
+    return write_evaluation(tmp_path_factory.mktemp("rows"), 40)
+
+
+@pytest.fixture
+def many_rows(tmp_path: Path) -> Path:
+    """So many that nobody is done with them in a moment."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    return write_evaluation(folder, 200)
+
+
+def write_evaluation(folder: Path, n_rows: int) -> Path:
     draw = random.Random(5)
     for name in ("length", "gender"):
-        made = [evaluation_row(draw, name, number) for number in range(40)]
+        made = [evaluation_row(draw, name, number) for number in range(n_rows)]
         (folder / f"{name}_bias.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
     return folder
 
@@ -99,40 +110,35 @@ def test_an_error_of_the_scoring_ends_all_processes(rows: Path, tiny_llama_dir: 
 
 
 def test_a_process_that_dies_ends_the_others_and_the_next_launch_goes_on(
-    rows: Path, tiny_llama_dir: Path, tmp_path: Path
+    many_rows: Path, tiny_llama_dir: Path, tmp_path: Path, meeting_point: dict[str, str]
 ) -> None:
     store = tmp_path / "results" / tiny_llama_dir.name / "scores.sqlite"
     # Without a launcher, which may see the death first and then ends the others before they can say anything.
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     leader, worker = (
         start(
             1,
-            rows,
+            many_rows,
             tiny_llama_dir,
             tmp_path / "results",
-            ACCELERATE_USE_CPU="true",
             RANK=rank,
             LOCAL_RANK=rank,
-            WORLD_SIZE="2",
-            LOCAL_WORLD_SIZE="2",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port,
+            **meeting_point,
         )
         for rank in ("0", "1")
     )
     # The store appears when the leader has found the other process and begins.
     while not store.exists() and leader.poll() is None:
-        time.sleep(0.005)
+        time.sleep(0.001)
+    # Held still until the other one is gone, however slow the machine is.
+    leader.send_signal(signal.SIGSTOP)
     worker.kill()
     finish(worker)
+    leader.send_signal(signal.SIGCONT)
     printed = finish(leader)
-    if leader.returncode == 0:
-        pytest.skip("the machine was so slow that the kill came after the last batch")
+    assert leader.returncode != 0, printed
     assert "another process of this launch has gone" in printed
     assert not list((tmp_path / "results").rglob("bias_*"))
-    again = start(2, rows, tiny_llama_dir, tmp_path / "results")
+    again = start(2, many_rows, tiny_llama_dir, tmp_path / "results")
     assert "results: " in finish(again)
     assert again.returncode == 0
 

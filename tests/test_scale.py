@@ -94,16 +94,12 @@ accelerator.end_training()
 """
 
 
-def test_ranks_agree_on_the_smallest_budget_and_on_the_micro_steps() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+def test_ranks_agree_on_the_smallest_budget_and_on_the_micro_steps(meeting_point: dict[str, str]) -> None:
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", TWO_RANKS],
             cwd=REPO_ROOT,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(REPO_ROOT)},
+            env=os.environ | meeting_point | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(REPO_ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

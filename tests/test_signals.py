@@ -130,6 +130,17 @@ def test_two_ranks_stop_together_and_one_process_goes_on(tiny_base_dir: Path, tr
         torch.testing.assert_close(mine[name], theirs[name], atol=1e-4, rtol=0, msg=name)
 
 
+def test_a_request_to_one_rank_stops_both_at_one_step(tiny_base_dir: Path, train_file: Path, tmp_path: Path) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    arguments = flags(tiny_base_dir, train_file, out, "--epochs", str(LONG))
+    with launched(arguments, log, NUM_PROCESSES="2") as process:
+        wait_for_steps(out, 3, process, log)
+        (second,) = (pid for pid, rank in pids_of(arguments, ranks_only=True).items() if rank == "1")
+        os.kill(second, signal.SIGUSR1)
+        assert process.wait(timeout=60) == EXIT_STOPPED, log.read_text()[-3000:]
+    assert [path.name for path in list_checkpoints(out)] == [f"checkpoint-{steps(out)[-1]}"]
+
+
 def test_a_killed_rank_ends_the_run_and_leaves_the_last_checkpoint(
     tiny_base_dir: Path, train_file: Path, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from codes.common.chat import ChatFormatter, Conversation, EncodedText
 from codes.common.errors import ContrastRMError
@@ -265,12 +265,16 @@ def test_what_a_kill_left_of_a_checkpoint_is_cleared(tiny_base_dir: Path, train_
 def test_two_ranks_equal_one_process(tiny_base_dir: Path, train_file: Path, tmp_path: Path, engine: str) -> None:
     # DDP and DeepSpeed through the launcher. Three groups in a step over two ranks: uneven, and the last step of an epoch
     # has one group for two ranks.
-    extra = ("--global_batch_size", "3", "--micro_batch_size", "1")
+    # The rate is so low that every step has something left to learn.
+    extra = ("--global_batch_size", "3", "--micro_batch_size", "1", "--learning_rate", "1e-4")
     single = train_here(tiny_base_dir, train_file, tmp_path / "single", *extra)
     out = tmp_path / "two"
     files = {"MODEL_PATH": str(tiny_base_dir), "TRAIN_FILE": str(train_file), "OUTPUT_DIR": str(out)}
     finish(launch_training(*BASE, *extra, **files, NUM_PROCESSES="2", DEEPSPEED_CONFIG=engine))
+    assert min(losses(single)) > 0.3, "the test needs steps with a gradient"
     assert losses(read_log(out)) == pytest.approx(losses(single), abs=1e-4)
+    norms = [[entry["train/grad_norm"] for entry in log] for log in (read_log(out), single)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
     assert_same_weights(tmp_path / "single", out, 1e-4)
     args = json.loads((out / "train_args.json").read_text())
     assert args["world_size"] == 2
@@ -282,6 +286,56 @@ def test_two_ranks_equal_one_process(tiny_base_dir: Path, train_file: Path, tmp_
         model, tokenizer = load_reward_model(str(folder), dtype="float32")
         scores.append(Scorer(model, ChatFormatter(tokenizer), progress=False).score(conversations).scores)
     assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+
+
+def test_the_log_says_what_a_step_computed(tiny_llama_dir: Path, train_file: Path, tmp_path: Path) -> None:
+    """Each figure of each step, the short last one's gradient among them, from the scores of the same weights."""
+    # A rate so small that the weights stay as they are.
+    extra = (
+        "--global_batch_size",
+        "4",
+        "--epochs",
+        "1",
+        "--learning_rate",
+        "1e-12",
+        "--weight_decay",
+        "0",
+        "--seed",
+        "3",
+    )
+    extra += ("--max_grad_norm", "1e9", "--held_out_share", "0", "--micro_batch_size", "3")
+    log = train_here(tiny_llama_dir, train_file, tmp_path / "out", *extra)
+    model, tokenizer = load_reward_model(str(tiny_llama_dir), dtype="float32")
+    groups, _ = encode_groups(read_preference_file(train_file)[0], ChatFormatter(tokenizer, max_length=512))
+    steps = plan_epoch(len(groups), 4, seed=3, epoch=0)
+    assert [len(step) for step in steps] == [4, 4, 2]
+    for entry, step in zip(log, steps, strict=True):
+        mine = [groups[index] for index in step]
+        inputs, sizes, _ = collate_groups(mine, [1.0] * len(mine), tokenizer.pad_token_id)
+        model.zero_grad()
+        scores = model(**inputs)
+        parts = scores.split(sizes.tolist())
+        loss = torch.stack([-torch.log_softmax(part / 0.5, dim=0)[-1] for part in parts]).mean()
+        loss.backward()
+        norm = torch.stack([weight.grad.norm() for weight in model.parameters() if weight.grad is not None]).norm()
+        assert entry["train/loss"] == pytest.approx(loss.item(), rel=1e-4)
+        assert entry["train/grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+        assert entry["train/score_gap"] == pytest.approx(
+            np.mean([(part[-1] - part[:-1].mean()).item() for part in parts]), abs=1e-4
+        )
+        assert entry["train/accuracy"] == np.mean([(part[-1] > part[:-1].max()).item() for part in parts])
+        assert entry["train/score_mean"] == pytest.approx(scores.mean().item(), abs=1e-4)
+        assert entry["tokens"] == sum(group.n_tokens for group in mine) and entry["n_groups"] == len(mine)
+
+
+def test_a_tie_is_not_right(tiny_llama_dir: Path, train_file: Path, tmp_path: Path) -> None:
+    level = tmp_path / "level"
+    shutil.copytree(tiny_llama_dir, level)
+    tensors = load_file(level / "model.safetensors")
+    tensors["score.weight"][:] = 0
+    save_file(tensors, level / "model.safetensors", metadata={"format": "pt"})
+    [entry] = train_here(level, train_file, tmp_path / "out", "--max_steps", "1")
+    assert entry["train/accuracy"] == entry["train/score_gap"] == entry["train/score_mean"] == 0
 
 
 def test_bad_input_is_one_line_and_exit_two(
@@ -442,7 +496,6 @@ def test_micro_batches_keep_the_token_budget(
 ) -> None:
     steps = plan_epoch(len(costs), batch, seed=1, epoch=0)
     micro_steps = count_micro_steps(steps, costs, max_tokens=max_tokens, micro_batch_size=most, world_size=world)
-    heaviest = 0
     for step in steps:
         for rank in range(world):
             for one in shard_step(
@@ -451,9 +504,20 @@ def test_micro_batches_keep_the_token_budget(
                 load = sum(costs[index] for index in one.groups)
                 assert load <= max_tokens or len(one.groups) == 1
                 assert not most or len(one.groups) <= most
-                heaviest = max(heaviest, load)
-    # Fewer micro-steps would not do: one group a micro-batch, or some step that breaks a limit.
     assert micro_steps <= max(-(-len(step) // world) for step in steps)
+
+    # One micro-step less would break a limit in some step.
+    def breaks(groups: tuple[int, ...]) -> bool:
+        too_many = bool(most) and len(groups) > most
+        return too_many or (len(groups) > 1 and sum(costs[index] for index in groups) > max_tokens)
+
+    if micro_steps == 1:
+        return
+    if most and any(len(step) > most * world * (micro_steps - 1) for step in steps):
+        return
+    options = {"micro_steps": micro_steps - 1, "world_size": world, "micro_batch_size": most}
+    fewer = [one for step in steps for rank in range(world) for one in shard_step(step, costs, rank=rank, **options)]
+    assert any(breaks(one.groups) for one in fewer)
 
 
 def test_masters_move_as_float32_weights_do() -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -274,14 +273,12 @@ def test_a_budget_that_does_not_fit_is_lowered_and_a_resume_keeps_it(
 
 
 @pytest.mark.slow
-def test_ranks_take_what_fits_into_the_smallest(wide_dir: Path, train_file: Path, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+def test_ranks_take_what_fits_into_the_smallest(
+    wide_dir: Path, train_file: Path, tmp_path: Path, meeting_point: dict[str, str]
+) -> None:
     command = flags(wide_dir, train_file, tmp_path / "out", "--packing", "shared", "--max_steps", "1")
     ranks = [
-        limited(mebibytes, "try", *command, RANK=rank, LOCAL_RANK=rank, LOCAL_WORLD_SIZE="2", **shared)
+        limited(mebibytes, "try", *command, RANK=rank, LOCAL_RANK=rank, **meeting_point)
         for rank, mebibytes in (("0", 100_000), ("1", 650))
     ]
     assert LEAST_TOKENS <= planned(finish(*ranks)[0]) < 4096 // 2
