@@ -122,6 +122,8 @@ def test_every_way_to_load_a_trained_folder_gives_one_score(case: str, train_fil
     found = [one["score"] for one in classify(rendered(theirs, texts), add_special_tokens=False, batch_size=5)]
     assert found == pytest.approx(expected.tolist(), abs=1e-5)
     assert theirs.pad_token == pad_token
+    # Nobody needs to know where things lay on the machine that trained it.
+    assert str(tmp_path) not in (out / "README.md").read_text() and "train.jsonl" in (out / "README.md").read_text()
     config = json.loads((out / "config.json").read_text())
     assert config["pad_token_id"] == theirs.pad_token_id
     assert (config["num_labels"] if "num_labels" in config else len(config["id2label"])) == 1

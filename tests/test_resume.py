@@ -224,6 +224,43 @@ def test_the_report_names_the_groups_without_a_finite_loss(flags: Callable[..., 
     assert broken and report["groups_not_finite"] == broken
 
 
+def test_what_is_written_is_flushed_before_it_gets_its_name(
+    flags: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that loses its power must not leave a name without the bytes."""
+    flushed: set[int] = set()
+    plainly = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        flushed.add(os.fstat(descriptor).st_ino)
+        plainly(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    out = tmp_path / "out"
+    assert main(flags(out, "--max_steps", "2", "--save_steps", "1", "--report_to", "none")) == 0
+    parts = list((out / "checkpoint-1").rglob("*"))
+    model = [out / name for name in ("config.json", "model.safetensors", "tokenizer.json", "train_summary.json")]
+    assert len(parts) >= 5
+    assert not [path for path in (*parts, *model, out / "checkpoint-1", out) if path.stat().st_ino not in flushed]
+
+
+def test_going_back_deletes_nothing_that_was_just_written(flags: Callable[..., list[str]], tmp_path: Path) -> None:
+    """With one checkpoint to keep, a later one of before must not push out the one of the step that was just done."""
+    out, seen = tmp_path / "out", []
+    assert main(flags(out, "--save_steps", "9", "--keep_checkpoints", "2")) == 0
+    assert names(out) == ["checkpoint-18", "checkpoint-9"]
+
+    def look(event: str, arguments: tuple[Any, ...]) -> None:
+        # After each checkpoint the oldest go: what is there when the next one is begun?
+        if event == "os.mkdir" and str(arguments[0]) == str(out / ".checkpoint-17.saving"):
+            seen.append(names(out))
+
+    sys.addaudithook(look)
+    start = str(out / "checkpoint-9")
+    assert main(flags(out, "--save_minutes", "1e-9", "--keep_checkpoints", "1", "--resume", start)) == 0
+    assert "checkpoint-16" in seen[0], seen
+
+
 # --- disks that are full
 
 

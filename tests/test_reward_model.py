@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from codes.common.errors import ContrastRMError
 from codes.common.scoring import Scorer
 from codes.train.reward_model import PAD_TOKEN, RewardModel, load_reward_model, save_reward_model
 from tests.conftest import (
+    CHATML,
     chatml_tokenizer,
     llama_tokenizer,
     qwen_tokenizer,
@@ -443,3 +445,25 @@ def test_a_template_that_writes_the_date_is_pinned(tiny_llama_dir: Path, tmp_pat
     again = AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert again.apply_chat_template(turns, tokenize=False) == loaded.apply_chat_template(turns, tokenize=False)
     assert load_reward_model(str(tmp_path / "saved"))[1].chat_template == loaded.chat_template
+
+
+def test_code_in_a_models_weights_does_not_run(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    class Planted:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "planted"),)
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama_dir, folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({"score.weight": Planted()}, folder / "pytorch_model.bin")
+    with pytest.raises(ContrastRMError, match="was not loaded: its .bin file .* holds more than weights"):
+        load_reward_model(str(folder))
+    assert not (tmp_path / "planted").exists()
+
+
+def test_a_special_token_that_is_called_pad_but_ends_texts_is_no_pad_token(tmp_path: Path) -> None:
+    special = ["<|pad_eos|>", "<|pad_bos|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = train_tokenizer(special, CHATML, bos="<|pad_bos|>", eos="<|pad_eos|>", pad=None)
+    model, loaded = load_reward_model(str(save_reward_folder(tmp_path / "source", tokenizer)))
+    assert loaded.pad_token_id not in (loaded.eos_token_id, loaded.bos_token_id)
+    assert model.config.pad_token_id == loaded.pad_token_id

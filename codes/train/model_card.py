@@ -21,6 +21,8 @@ from codes.common.reporting import run_metadata
 from codes.train.data_utils import EncodeReport
 from codes.train.trainer import Trainer
 
+# "/home/me/data/" of "/home/me/data/train.jsonl"; not of an address, and not of a relative path.
+ABSOLUTE_FOLDERS = re.compile(r"(?<![\w.:/~-])~?/(?:[^,/\n]+/)*")
 EMBEDDED_HUB_ID = f"HuggingFaceTB/{EMBEDDED_NAME}"
 
 
@@ -80,6 +82,7 @@ def model_card(arguments: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
             where they are there; ``text_pairs``: the model has no chat template.
     """
     base, licence = base_of(str(arguments["model_path"]))
+    arguments = {name: _without_folders(value) for name, value in arguments.items()}
     lora = int(arguments.get("lora_rank") or 0)
     merged = bool(arguments.get("merge_lora", True))
     header = ModelCardData(
@@ -187,7 +190,7 @@ def _data(arguments: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
         counts = summary.get(field)
         if counts:
             name = field.rpartition("_")[2]
-            lines += ["", _table((name, what), counts.items())]
+            lines += ["", _table((name, what), [(_without_folders(key), count) for key, count in counts.items()])]
     return "\n".join(lines)
 
 
@@ -218,6 +221,11 @@ def _table(header: tuple[str, str], rows: Iterable[tuple[str, Any]]) -> str:
     lines = [f"| {header[0]} | {header[1]} |", "|---|---|"]
     lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows]
     return "\n".join(lines)
+
+
+def _without_folders(value: Any) -> Any:
+    """Absolute paths by their last part: cards are published, and where things lay on a machine is nobody's business."""
+    return ABSOLUTE_FOLDERS.sub("", value) if isinstance(value, str) else value
 
 
 def _cell(value: Any) -> str:

@@ -11,6 +11,7 @@ import inspect
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -470,6 +471,11 @@ def _read_classifier(
             )
     except (OSError, HfHubHTTPError, SafetensorError) as error:
         raise _unloadable(shown, error) from error
+    except pickle.UnpicklingError as error:
+        raise ContrastRMError(
+            f"{shown!r} was not loaded: its .bin file is damaged or holds more than weights, and loading it could run code of "
+            "whoever wrote it; take the model's safetensors"
+        ) from error
     except ImportError as error:  # flash_attention_2, or what a model's own code imports
         raise _needs_package(shown, error) from error
     except ValueError as error:
