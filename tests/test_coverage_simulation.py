@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from codes.common.stats import Rate, cluster_rate, mean_interval, wilson
+from codes.common.stats import Rate, cluster_rate, mean_interval, sign_flip_p, wilson
 from codes.evaluate.compare_stats import PairedPart, compare_parts
-from codes.evaluate.metrics import Stratum, stratified_rate
+from codes.evaluate.metrics import Stratum, paired_flip_p, stratified_rate
 
 N_SETS = 1000
 NAMES = [f"q{number}" for number in range(600)]
@@ -119,3 +119,28 @@ def test_difference_of_two_models() -> None:
             held[number, column] = bounds[0] <= 0.1 <= bounds[1]
     assert 0.915 <= held[:, 0].mean() <= 0.985  # of 300 sets, and BCa from 199 draws: wider again
     assert held[:, 1].mean() < 0.87
+
+
+def test_the_test_of_a_cue_holds_its_level_and_has_power() -> None:
+    """800 pairs of a model that is right on 80 %, each text's score redrawn with noise; then the same with a small cue.
+
+    Flips cannot be that test: with nothing but noise, McNemar's on right-to-wrong against wrong-to-right is significant nearly
+    always, since more pairs can be lost than won.
+    """
+    draw = np.random.default_rng(11)
+    n_sets, n_pairs = 150, 800
+    questions = [NAMES[row % 400] for row in range(n_pairs)]
+    found = np.zeros((n_sets, 3), dtype=bool)
+    for number in range(n_sets):
+        before = draw.normal(0.84 * 2**0.5, 2**0.5, n_pairs)  # the gap of two texts of SD 1: above zero in 80 %
+        noise = draw.normal(0, 0.7 * 2**0.5, n_pairs)
+        for column, cue in ((0, 0.0), (1, 0.15)):
+            p = sign_flip_p((noise - cue).tolist(), questions, n_resamples=299, seed=number)
+            found[number, column] = p is not None and p < 0.05
+        flips = ((before > 0).astype(int) - (before + noise > 0)).tolist()
+        p = paired_flip_p(flips, questions)
+        found[number, 2] = p is not None and p < 0.05
+    level, power, of_flips = found.mean(axis=0)
+    assert level <= 0.09  # of 150 sets: two standard errors above 0.05
+    assert power > 0.9
+    assert of_flips > 0.6

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from statsmodels.stats.proportion import proportion_confint
 
-from codes.common.stats import Rate, cluster_index, cluster_rate, mean_interval, wilson
+from codes.common.stats import Rate, cluster_index, cluster_rate, mean_interval, sign_flip_p, wilson
 
 
 @settings(max_examples=60, deadline=None)
@@ -148,3 +148,12 @@ def test_mean_interval_says_null_where_the_values_do_not_determine_it() -> None:
         "n": 2,
     }
     assert mean_interval([2.0, 2.0])["ci_low"] == pytest.approx(2.0)
+
+
+def test_sign_flips_by_hand() -> None:
+    names = ["a", "b", "c"]
+    assert sign_flip_p([1, 2, 3], names) == pytest.approx(2 / 8)  # of the eight sums only +6 and -6 reach 6
+    assert sign_flip_p([1, 2, -3], names) == 1.0
+    assert sign_flip_p([1, 2, 3, 0], [*names, "a"]) == pytest.approx(2 / 8)  # a question's rows keep together
+    assert sign_flip_p([3, 3], ["a", "a"]) == 1.0
+    assert sign_flip_p([], []) is sign_flip_p([0.0, 0.0], ["a", "b"]) is None

@@ -16,6 +16,8 @@ from scipy import stats as scipy_stats
 from statsmodels.stats.proportion import proportion_confint
 
 CONFIDENCE = 0.95
+# Sign flips that are computed together: bounds the memory, not the result.
+_BATCH = 500
 
 
 def cluster_index(clusters: Sequence[str]) -> np.ndarray:
@@ -127,3 +129,31 @@ def mean_interval(values: Sequence[float], clusters: Sequence[str] | None = None
     error = math.sqrt(n_clusters / (n_clusters - 1) * float((sums**2).sum())) / n
     half = float(scipy_stats.t.ppf(0.5 + CONFIDENCE / 2, n_clusters - 1)) * error
     return {"mean": mean, "sd": sd, "n": n, "ci_low": mean - half, "ci_high": mean + half}
+
+
+def sign_flip_p(
+    values: Sequence[float], clusters: Sequence[str], *, n_resamples: int = 1999, seed: int = 42
+) -> float | None:
+    """Two-sided p of "nothing moved": a question's values together are as likely as their negatives.
+
+    Exact where the questions' signs can be gone through within ``n_resamples``, else from that many random ones.
+
+    Returns:
+        The p; None without a value that differs from zero.
+    Source: Fisher's randomisation test; ``scipy.stats.permutation_test``.
+    """
+    sums = np.bincount(cluster_index(clusters), weights=np.asarray(values, dtype=float)) if len(values) else np.zeros(0)
+    if not np.any(sums):
+        return None if not np.any(values) else 1.0
+    if len(sums) == 1:
+        return 1.0  # one question: its two signs are all that there is
+    found = scipy_stats.permutation_test(
+        (sums,),
+        lambda signed, axis: signed.sum(axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=n_resamples,
+        batch=_BATCH,
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.pvalue)

@@ -9,7 +9,9 @@ down to its rows.
 The shape of ``bias_summary.json`` (written by ``codes.evaluate.eval_rm``). ``RATE name`` stands for five keys:
 ``name`` (float in [0, 1], null for 0/0), ``name_count``, ``name_total``, ``name_ci`` (95 %, clustered by question, or
 null) and ``name_wilson_ci`` (null where a question repeats). ``MEAN`` is ``{mean, sd, n, ci_low, ci_high}``.
-``SHIFT`` is ``MEAN`` + ``mean_in_score_sd``, ``ci_in_score_sd``. Any number can be null: no data determine it.
+``SHIFT`` is ``MEAN`` + ``mean_in_score_sd``, ``ci_in_score_sd`` and ``p``: of "nothing moved", by flips of the sign of
+each question. It is the test of a cue. Flips are none: noise turns more right pairs wrong than wrong ones right wherever
+a model is better than chance. Any number can be null: no data determine it.
 
 ==========================  =======================================================================================
 the file
@@ -36,9 +38,8 @@ RATE                        ``bias_sensitivity_rate`` (of the pairs right before
 ``n_original_ties``         ``n_biased_ties``; ``n_without_trace``: a changed text kept its score to the last digit
 ``transitions``             {``correct_to_wrong``, ...: pairs}, all nine
 ``net_flips``               ``correct_to_wrong``, ``wrong_to_correct``, ``net`` (pairs); ``net_share_of_pairs`` + ``_ci``;
-                            ``mcnemar_p`` (exact, a question is one unit); RATE ``correct_to_wrong_rate`` and
-                            ``wrong_to_correct_rate`` (of all pairs); RATE ``recovery_rate`` (wrong to correct, of the
-                            pairs wrong before: the mirror image of the BSR)
+                            RATE ``correct_to_wrong_rate`` and ``wrong_to_correct_rate`` (of all pairs); RATE
+                            ``recovery_rate`` (wrong to correct, of the pairs wrong before: the mirror image of the BSR)
 ``score_gap_shift``         ``total``, ``chosen_part``, ``rejected_part``: SHIFT each, the parts add up; ``score_sd``
 ``flip_attribution``        ``n_flips``; RATE ``chosen_alone``, ``rejected_alone``, ``either_alone``, ``only_both``
 ``length_control``          null for ``length``; ``threshold``, ``n_pairs``, ``n_questions``, RATE ``original_pair_accuracy``
@@ -58,7 +59,7 @@ regression), and ``biases``, ``missing_biases``, ``macro_original_pair_accuracy`
 REFINEMENT: ``n_items``, ``n_questions``, ``n_excluded``; RATE ``verdict_change_rate``,
 ``verdict_change_rate_ties_as_changes``, ``original_to_refined_rate``, ``refined_to_original_rate``,
 ``refined_wins_alone``, ``refined_wins_after_history`` (all of all items); ``original_to_refined``,
-``refined_to_original`` (items), ``mcnemar_p``, ``n_ties_alone``, ``n_ties_after_history``, ``n_without_trace``,
+``refined_to_original`` (items), ``n_ties_alone``, ``n_ties_after_history``, ``n_without_trace``,
 ``transitions``, ``score_shift``: SHIFT, ``score_sd``.
 
 BASELINE: ``description``, ``overall`` and ``biases`` as above with the rates, the transitions and ``net_flips`` alone
@@ -81,7 +82,7 @@ from statsmodels.stats.proportion import proportion_confint
 from codes.common.biases import PAIRWISE
 from codes.common.errors import ContrastRMError
 from codes.common.questions import question_key
-from codes.common.stats import CONFIDENCE, Rate, cluster_index, cluster_rate, mean_interval, wilson
+from codes.common.stats import CONFIDENCE, Rate, cluster_index, cluster_rate, mean_interval, sign_flip_p, wilson
 from codes.common.verdicts import VERDICTS, Verdict, judge_pair
 from codes.evaluate.reward_bench_table import SECTIONS, SUBSET_BY_NAME, SUBSETS, Subset, subsets_of
 
@@ -551,7 +552,6 @@ def _net_flips(outcomes: Sequence[PairOutcome]) -> dict[str, Any]:
         "net_share_of_pairs": share["mean"],
         # Where nothing flips there is no spread to take an interval from: [0, 0] would claim certainty.
         "net_share_of_pairs_ci": _bounds(share) if any(differences) else None,
-        "mcnemar_p": paired_flip_p(differences, clusters),
         **rate_fields("correct_to_wrong_rate", lost, everyone, clusters),
         **rate_fields("wrong_to_correct_rate", won, everyone, clusters),
         **rate_fields("recovery_rate", won, wrong_before, clusters),
@@ -567,9 +567,10 @@ def _bounds(interval: Mapping[str, Any]) -> list[float] | None:
 
 
 def _shift(values: Sequence[float], clusters: Sequence[str], deviation: float | None) -> dict[str, Any]:
-    """``SHIFT``: a mean change in score units and in score SDs."""
+    """``SHIFT``: a mean change in score units and in score SDs, and the p of "nothing moved" by question."""
     interval = mean_interval(values, clusters)
     return interval | {
+        "p": sign_flip_p(values, clusters),
         "mean_in_score_sd": _over(interval["mean"], deviation),
         "ci_in_score_sd": _scaled(_bounds(interval), deviation),
     }
@@ -721,7 +722,6 @@ def refinement_rates(outcomes: Iterable[RefinementOutcome]) -> dict[str, Any]:
     to_refined = [move == ("original", "refined") for move in moves]
     to_original = [move == ("refined", "original") for move in moves]
     turned = [a or b for a, b in zip(to_refined, to_original, strict=True)]
-    signs = [int(a) - int(b) for a, b in zip(to_refined, to_original, strict=True)]
     return {
         "n_items": len(scored),
         "n_excluded": len(rows) - len(scored),
@@ -732,7 +732,6 @@ def refinement_rates(outcomes: Iterable[RefinementOutcome]) -> dict[str, Any]:
         "refined_to_original": sum(to_original),
         **rate_fields("original_to_refined_rate", to_refined, everyone, clusters),
         **rate_fields("refined_to_original_rate", to_original, everyone, clusters),
-        "mcnemar_p": paired_flip_p(signs, clusters),
         **rate_fields("refined_wins_alone", [a == "refined" for a, _ in moves], everyone, clusters),
         **rate_fields("refined_wins_after_history", [b == "refined" for _, b in moves], everyone, clusters),
         "n_without_trace": sum(outcome.history_left_no_trace for outcome in scored),

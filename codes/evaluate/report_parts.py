@@ -420,12 +420,14 @@ _SENSITIVITY_CAPTION = (
 )
 _ACCURACY_CAPTION = "Hollow: before the rewrite. Filled: after it. Broken line: guessing."
 _FLIP_TEXT = (
-    "Random score changes turn as many wrong pairs right as right pairs wrong: the net is what the cue does. The attribution "
-    "splits the flips by the rewritten text that is enough for the flip on its own.",
+    "A surplus of right-to-wrong flips alone is no evidence of a cue: a model that is better than chance has more right pairs to "
+    "lose, and score changes without any direction lose them. The test of the cue is that of the gap shift, below. The "
+    "attribution splits the flips by the rewritten text that is enough for the flip on its own.",
 )
 _GAP_TEXT = (
     "Score gap: score of the better answer − score of the other, in units of the SD of the model's scores. Its change is the "
-    "sum of the two parts. Length-controlled: only pairs whose log length ratio moves by less than 0.1; the intercept is the "
+    "sum of the two parts; p: how often it is as far from zero when the sign of each question's change is drawn by chance. "
+    "Length-controlled: only pairs whose log length ratio moves by less than 0.1; the intercept is the "
     "gap's change at an unchanged length ratio.",
 )
 _GAP_CAPTION = "Upright strokes: medians. Gaps beyond the axis are counted in its last bars."

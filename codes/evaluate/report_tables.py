@@ -22,9 +22,9 @@ Summary = Mapping[str, Any]
 
 BIAS_HEADER = ("bias", "pairs", "original accuracy", "biased accuracy", "bias sensitivity rate (BSR)", "ties")
 REFINEMENT_HEADER = (REFINEMENT, "items", "verdict change rate", "to refined", "to original", "shift (score SD)")
-FLIP_HEADER = ("bias", "right to wrong", "wrong to right", "net", "net, % of pairs", "p (McNemar)")
+FLIP_HEADER = ("bias", "right to wrong", "wrong to right", "net", "net, % of pairs")
 CAUSE_HEADER = ("bias", "flips", *(cause.replace("_", " ") for cause in CAUSES))
-GAP_HEADER = ("bias", "gap shift (score SD)", "chosen part", "rejected part")
+GAP_HEADER = ("bias", "gap shift (score SD)", "p of no shift", "chosen part", "rejected part")
 LENGTH_HEADER = ("bias", "steady pairs", "original accuracy", "length-controlled BSR", "intercept (score SD)")
 PLACEBO_HEADER = ("bias", "BSR", "placebo BSR", "difference", "p")
 CLEAN_HEADER = ("bias", "flagged rows", "original accuracy, all", "clean", "BSR, all", "BSR, clean")
@@ -188,7 +188,7 @@ def flip_rows(summary: Summary) -> list[Row]:
         if net:
             moves = [Cell(str(net[move]), "", net[move]) for move in ("correct_to_wrong", "wrong_to_correct")]
             share = _share(net, "net_share_of_pairs")
-            rows.append([name, *moves, Cell(f"{net['net']:+d}", "", net["net"]), share, _p(net["mcnemar_p"])])
+            rows.append([name, *moves, Cell(f"{net['net']:+d}", "", net["net"]), share])
     return rows
 
 
@@ -214,7 +214,7 @@ def gap_rows(summary: Summary) -> list[Row]:
                 _decimal(part["mean_in_score_sd"], part.get("ci_in_score_sd"), interval="ci_in_score_sd" in part)
                 for part in parts
             ]
-            rows.append([name, *cells])
+            rows.append([name, cells[0], _p(parts[0].get("p")), *cells[1:]])
     return rows
 
 
