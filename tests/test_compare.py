@@ -81,7 +81,9 @@ def test_bootstrap_equals_a_direct_call_of_scipy() -> None:
     assert found.ci == pytest.approx(list(direct.confidence_interval))
     assert found.difference == pytest.approx(hits[0].sum() / counted[0].sum() - hits[1].sum() / counted[1].sum())
     effect = TTestPower().solve_power(nobs=int(used.sum()), alpha=0.05, power=0.8)
-    assert found.minimum_detectable_effect == pytest.approx(effect * direct.standard_error * used.sum() ** 0.5)
+    assert found.minimum_detectable_effect == pytest.approx(
+        effect * direct.standard_error * used.sum() ** 0.5, rel=0.01
+    )
 
 
 def test_swap_test_equals_a_direct_call_of_scipy_and_an_enumeration() -> None:
@@ -94,11 +96,13 @@ def test_swap_test_equals_a_direct_call_of_scipy_and_an_enumeration() -> None:
         swap = np.array([number >> bit & 1 for bit in range(8)], dtype=bool)
         first = np.where(swap, hits[::-1], hits), np.where(swap, counted[::-1], counted)
         rates = first[0].sum(axis=1) / first[1].sum(axis=1)
-        values.append(rates[0] - rates[1])
+        # Each question's share in the difference, from which its linearised variance comes.
+        shares = [(first[0][i] - rates[i] * first[1][i]) / first[1][i].sum() for i in (0, 1)]
+        values.append((rates[0] - rates[1]) / max(((shares[0] - shares[1]) ** 2).sum(), 1e-12) ** 0.5)
     observed = values[0]
-    above = np.mean(np.array(values) >= observed - 1e-12)
-    below = np.mean(np.array(values) <= observed + 1e-12)
-    assert found.test == "swaps by question"
+    above = np.mean(np.array(values) >= observed - 1e-9)
+    below = np.mean(np.array(values) <= observed + 1e-9)
+    assert found.test == "swaps by question, studentised"
     assert found.p == pytest.approx(min(1.0, 2 * min(above, below)))
 
 
@@ -216,8 +220,12 @@ def test_figures_are_those_of_the_summaries(comparison: dict[str, Any], folders:
             for side in ("a", "b"):
                 placebo = by_name[row[f"model_{side}"]]["biases"][row["what"]]["placebo"]
                 assert row[side] == pytest.approx(placebo["bias_sensitivity_rate"])
-    assert checked == 3 * 3 * 3 * 2
-    pooled = [row for row in comparison["differences"]["pooled"] if row["what"] == "pooled"]
+    assert checked == 3 * 3 * 4 * 2
+    pooled = [
+        row
+        for row in comparison["differences"]["pooled"]
+        if row["what"] == "pooled" and row["measure"] in compare_models.MEASURES
+    ]
     for row in pooled:
         assert row["a"] == pytest.approx(by_name[row["model_a"]]["overall"][row["measure"]])
     for entry in comparison["leaderboard"][:3]:
@@ -269,7 +277,10 @@ def test_sections_have_the_official_weights(comparison: dict[str, Any], folders:
 def test_leaderboard_is_sorted_and_never_without_accuracy(
     comparison: dict[str, Any], folders: list[str], tmp_path: Path
 ) -> None:
-    by_bsr = comparison["leaderboard"]
+    # A low BSR alone is no merit: "the shorter answer wins" has one and is right less often.
+    both = [entry["overall"]["right_before_and_after"] for entry in comparison["leaderboard"][:3]]
+    assert both == sorted(both, reverse=True)
+    by_bsr = compared(folders, tmp_path, "--sort", "bsr")["leaderboard"]
     assert [entry["is_baseline"] for entry in by_bsr] == [False] * 3 + [True] * 4
     values = [entry["overall"]["bias_sensitivity_rate"] for entry in by_bsr[:3]]
     assert values == sorted(values)
@@ -280,6 +291,69 @@ def test_leaderboard_is_sorted_and_never_without_accuracy(
     text = (tmp_path / "c.md").read_text(encoding="utf-8")
     header = next(line for line in text.splitlines() if line.startswith("| model |"))
     assert header.index("original accuracy") < header.index("pooled BSR")
+
+
+def test_bsr_on_the_pairs_that_both_models_had_right(comparison: dict[str, Any], folders: list[str]) -> None:
+    rows = [rows_of(folder, "bias_beauty.jsonl") for folder in folders[:2]]
+    pairs = [p for p in zip(*rows, strict=True) if all(row["original_verdict"] == "correct" for row in p)]
+    expected = [sum(p[side]["biased_verdict"] == "wrong" for p in pairs) for side in (0, 1)]
+    (row,) = [
+        row
+        for row in comparison["differences"]["biases"]
+        if (row["model_a"], row["model_b"], row["what"], row["measure"])
+        == ("baseline-shorter", "baseline-longer", "beauty", "bias_sensitivity_rate_both_right")
+    ]
+    assert row["n_rows"] == len(pairs)
+    assert [row["a"], row["b"]] == ([e / len(pairs) for e in expected] if pairs else [None, None])
+
+
+def test_groups_of_biases_are_pooled(folders: list[str], comparison: dict[str, Any], tmp_path: Path) -> None:
+    found = compared(folders[:2], tmp_path)
+    for entry in found["leaderboard"]:
+        name = entry["model"].removeprefix("baseline-").removeprefix("baseline ")
+        biases = summary_of(folders[0])["baselines"][name]["biases"]
+        (group,) = entry["groups"]  # of gender alone there is nothing to pool
+        assert group == "rewrite biases"
+        for end in ("count", "total"):
+            key = f"bias_sensitivity_rate_{end}"
+            assert entry["groups"][group][key] == biases["length"][key] + biases["beauty"][key]
+        assert entry["is_baseline"] or entry["groups"][group]["bias_sensitivity_rate_ci"] is not None
+    text = (tmp_path / "c.md").read_text(encoding="utf-8")
+    assert "## Pooled by kind of bias" in text and "| rewrite biases | baseline-shorter |" in text
+    rows = [row for row in comparison["differences"]["pooled"] if row["what"] == "rewrite biases"]
+    assert len(rows) == 3
+
+
+def test_detectable_effects_allow_for_the_correction(comparison: dict[str, Any]) -> None:
+    for rows in comparison["differences"].values():
+        n_tests = sum(row["p"] is not None for row in rows)
+        for row in rows:
+            if row["minimum_detectable_effect"] is not None and row["n_questions"] >= 20:
+                power = TTestPower().solve_power(
+                    effect_size=row["minimum_detectable_effect"] / (row["standard_error"] * row["n_questions"] ** 0.5),
+                    nobs=row["n_questions"],
+                    alpha=0.05 / n_tests,
+                )
+                assert power == pytest.approx(0.8, abs=0.04)
+
+
+def test_settings_that_differ_are_named(folders: list[str], tmp_path: Path) -> None:
+    other = copy_with(folders[1], tmp_path / "other", "bias_length.jsonl", lambda rows: rows)
+    summary = summary_of(other)
+    summary["metadata"]["max_length"] = 17
+    (Path(other) / "bias_summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    named = compared([folders[0], other], tmp_path)["not_comparable"]
+    assert any("differ in max_length" in text and "17" in text for text in named)
+    summary["metadata"] |= {"prompt_version": "1", "temperature": 0.5}
+    (Path(other) / "bias_summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    (named,) = compared([folders[0], other], tmp_path)["not_comparable"]
+    assert "other is a judge of pairs and baseline-shorter is a model that scores texts" in named
+    third = copy_with(other, tmp_path / "third", "bias_length.jsonl", lambda rows: rows)
+    summary["metadata"] |= {"prompt_version": "2", "temperature": 1.0}
+    (Path(third) / "bias_summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    named = compared([other, third], tmp_path)["not_comparable"]
+    assert [key for key in ("prompt_version", "temperature") if any(f"differ in {key}" in text for text in named)]
+    assert len(named) == 2
 
 
 def test_reference_takes_one_model_as_the_other_side(folders: list[str], tmp_path: Path) -> None:

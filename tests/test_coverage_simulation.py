@@ -144,3 +144,18 @@ def test_the_test_of_a_cue_holds_its_level_and_has_power() -> None:
     assert level <= 0.09  # of 150 sets: two standard errors above 0.05
     assert power > 0.9
     assert of_flips > 0.6
+
+
+def test_swaps_hold_their_level_for_models_of_unlike_accuracy() -> None:
+    """Two models of one BSR, 0.3, right on 95 % and on 20 % of 400 pairs."""
+    draw = np.random.default_rng(12)
+    n_sets, n_pairs = 300, 400
+    found = []
+    for number in range(n_sets):
+        counted = draw.random((2, n_pairs)) < np.array([[0.95], [0.2]])
+        hits = counted & (draw.random((2, n_pairs)) < 0.3)
+        p = compare_parts([PairedPart(hits, counted, NAMES[:n_pairs])], n_resamples=199, seed=number).p
+        found.append(p is not None and p < 0.05)
+    assert (
+        np.mean(found) <= 0.075
+    )  # two standard errors above 0.05; without its standard error the difference rejects 10 %

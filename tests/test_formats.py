@@ -169,6 +169,36 @@ def test_the_domain_may_stand_in_the_file_name(tmp_path: Path) -> None:
         read_benchmark(array(tmp_path / "rows.json", rows), "rm_bench")
 
 
+def test_the_files_of_single_rm_bench_domains_are_read_together(tmp_path: Path) -> None:
+    """As they are published: a file a domain, whose rows have a ``subset`` of their own."""
+    for row in RM_ROWS:
+        own = {key: value for key, value in row.items() if key != "domain"} | {"subset": "hep-python"}
+        array(tmp_path / f"{row['domain']}_filtered.json", [own])
+    array(tmp_path / "total_dataset.json", RM_ROWS)  # the same rows once more
+    assert detect_format(tmp_path / "code_filtered.json") == detect_format(tmp_path) == "rm_bench"
+    items, reports = read_benchmark(tmp_path, "rm_bench")
+    assert sorted(item.subset for item in items) == sorted(RM_BENCH_SUBSETS) and len(reports) == 5
+    arguments = [
+        "--model_path",
+        "baseline:shorter",
+        "--data_file",
+        str(tmp_path),
+        "--results_dir",
+        str(tmp_path / "out"),
+    ]
+    assert eval_reward_bench.main(arguments) == 0
+    summary = json.loads((tmp_path / "out/baseline-shorter/rm_bench_summary.json").read_text(encoding="utf-8"))
+    assert summary["n_rows"] == 5
+
+
+@pytest.mark.parametrize("value", [5, None, "text", {"a": 1}, [], [5]])
+def test_any_value_can_stand_where_the_answers_should(value: Any, tmp_path: Path) -> None:
+    path = jsonl(
+        tmp_path / "rows.jsonl", [{"prompt": "p", "subset": "Math", "chosen": value, "rejected": value}, RB2_ROWS[0]]
+    )
+    assert detect_format(path) in ("reward_bench_2", "reward_bench")
+
+
 BAD_ROWS: list[tuple[str, dict[str, Any], str, str]] = [
     ("reward_bench_2", rb2_row("a", "Math", num_correct=2), "num_correct", "1, the number of answers"),
     ("reward_bench_2", rb2_row("a", "Math", total_completions=5), "total_completions", "4, the number"),

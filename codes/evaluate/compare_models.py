@@ -11,7 +11,8 @@ Only rows that every model has scored are compared; the others are counted and n
 ``--reference FOLDER`` each with that one). Each table of differences is one family of tests, over all its measures and model
 pairs: p is corrected by Holm (any wrong claim among them: at most 5 %) and by Benjamini-Hochberg (5 % of the claims).
 ``codes.evaluate.compare_stats`` says which test is which. A detectable effect is the true difference that this comparison
-finds with 80 % power.
+finds with 80 % power after the correction. ``bias_sensitivity_rate_both_right`` is the BSR on the pairs that both models had
+right. The leaderboard is ordered by the pairs that are right before and after the rewrite: a low BSR alone is no merit.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ from codes.evaluate.compare_rows import (
     Row,
     Shared,
     Test,
+    both_counted,
     compared,
     every,
     family,
@@ -71,13 +73,20 @@ Summary = Mapping[str, Any]
 NOTHING = "–"
 # Whatever of these differs between two models, the figures are not of the same measurement.
 SETTINGS = (
-    "seed", "dtype", "limit_per_bias", "placebo_sentence", "placebo_source", "refinement_request", "overlength"
+    "seed", "dtype", "limit_per_bias", "placebo_sentence", "placebo_source", "refinement_request", "overlength", "max_length",
+    "prompt_version", "temperature", "max_new_tokens"
 )  # fmt: skip
-# Orders of the leaderboard by a benchmark; the others are by BSR and by accuracy.
+# Orders of the leaderboard by a benchmark; the others are by pairs right before and after, by BSR and by accuracy.
 SORT_BY_BENCHMARK = {"rewardbench": REWARD_BENCH, **{name: name for name in FORMATS}}
-SORT_KEYS = ("bsr", "accuracy", *SORT_BY_BENCHMARK)
-LEADERBOARD_HEADER = ("model", "original accuracy", "biased accuracy", "pooled BSR", "mean BSR",
+SORT_RATES = {
+    "both": "right_before_and_after", "bsr": "bias_sensitivity_rate", "accuracy": "original_pair_accuracy"
+}  # fmt: skip
+SORT_KEYS = (*SORT_RATES, *SORT_BY_BENCHMARK)
+# Pooled apart: the biases that rewrite an answer, which can be trained on, and those that put an identity before it.
+GROUPS = {"rewrite biases": "rewrite", "identity biases": "identity"}
+LEADERBOARD_HEADER = ("model", "right before and after", "original accuracy", "biased accuracy", "pooled BSR", "mean BSR",
                       "refinement-aware: change")  # fmt: skip
+GROUP_HEADER = ("biases", "model", "pairs", "right before and after", "original accuracy", "biased accuracy", "BSR")
 DIFFERENCE_HEADER = ("what", "questions", "A", "B", "A - B (points)", "p", "p (Holm)", "p (BH)",
                      "detectable (points)")  # fmt: skip
 
@@ -89,7 +98,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output_file", default=None, help="also write the tables here (.md), and a .json beside it")
     parser.add_argument("--reference", default=None, help="compare each model with this one of the folders only")
     parser.add_argument("--rows", default="all", choices=("all", "clean"), help="clean: without rows that look damaged")
-    parser.add_argument("--sort", default="bsr", choices=SORT_KEYS, help="order of the leaderboard")
+    parser.add_argument(
+        "--sort",
+        default="both",
+        choices=SORT_KEYS,
+        help="order of the leaderboard; both: by pairs that are right before and after the rewrite",
+    )
     parser.add_argument("--n_resamples", type=natural, default=9999, help="draws of the bootstrap and of the swaps")
     parser.add_argument("--seed", type=int, default=42, help="of the draws")
     return parser
@@ -225,7 +239,12 @@ def _flipped_by_placebo(row: Row) -> bool:
     return _right_before(row) and bool(row["score_placebo_better"] < row["score_placebo_other"])
 
 
+def _right_in_both(row: Row) -> bool:
+    return _right_before(row) and _right_after(row)
+
+
 MEASURES: dict[str, tuple[Test, Test]] = {
+    "right_before_and_after": (_right_in_both, every),
     "bias_sensitivity_rate": (_flipped, _right_before),
     "original_pair_accuracy": (_right_before, every),
     "biased_pair_accuracy": (_right_after, every),
@@ -244,8 +263,11 @@ def pooled_differences(
     for pair in pairs:
         if pairwise:
             everything = joined(pairwise.values())
-            for measure, (hit, counted) in MEASURES.items():
-                rows.append(compared(pair, "pooled", measure, [part(everything, pair, hit, counted)], draws))
+            rows += _measured("pooled", everything, pair, draws)
+            for name, some in _groups(pairwise).items():
+                rows.append(
+                    compared(pair, name, "bias_sensitivity_rate", [part(some, pair, _flipped, _right_before)], draws)
+                )
             parts = [part(some, pair, _flipped, _right_before, 1 / len(pairwise)) for some in pairwise.values()]
             rows.append(compared(pair, "mean of the biases", "bias_sensitivity_rate", parts, draws))
         if len(shared.get(REFINEMENT, ())):
@@ -263,10 +285,25 @@ def bias_differences(
         for bias, some in shared.items():
             if bias not in PAIRWISE or not len(some):
                 continue
-            for measure, (hit, counted) in MEASURES.items():
-                rows.append(compared(pair, bias, measure, [part(some, pair, hit, counted)], draws))
+            rows += _measured(bias, some, pair, draws)
             rows += _placebo_differences(bias, some, pair, draws)
     return family(rows)
+
+
+def _measured(what: str, shared: Shared, pair: tuple[str, str], draws: Draws) -> list[dict[str, Any]]:
+    """Every measure, and the BSR on the pairs that both models had right: there it is of the same pairs for both."""
+    parts = {measure: part(shared, pair, hit, counted) for measure, (hit, counted) in MEASURES.items()}
+    parts["bias_sensitivity_rate_both_right"] = both_counted(parts["bias_sensitivity_rate"])
+    return [compared(pair, what, measure, [some], draws) for measure, some in parts.items()]
+
+
+def _groups(pairwise: Mapping[str, Shared]) -> dict[str, Shared]:
+    """The shared rows of each group of biases that has more than one."""
+    named = {
+        group: [some for bias, some in pairwise.items() if get_bias(bias).kind == kind]
+        for group, kind in GROUPS.items()
+    }
+    return {group: joined(some) for group, some in named.items() if len(some) > 1}
 
 
 def _placebo_differences(bias: str, shared: Shared, pair: tuple[str, str], draws: Draws) -> list[dict[str, Any]]:
@@ -302,12 +339,14 @@ def leaderboard(
 ) -> list[dict[str, Any]]:
     """Each model's figures on the shared rows, best first; then the baselines of the first model's summary, unsorted.
 
-    ``bsr``: the lowest pooled BSR first; a model without one (nothing right before the rewrite) comes last.
+    ``both``: the most pairs right before and after the rewrite first. ``bsr``: the lowest pooled BSR first; a model without one
+    (nothing right before the rewrite) comes last.
     """
     pairwise = {name: some for name, some in shared.items() if name in PAIRWISE and len(some)}
     entries = []
     for model in models:
         entry: dict[str, Any] = {"model": model, "is_baseline": False, "overall": None, "refinement": None}
+        entry["groups"] = {group: _rates_of(model, some) for group, some in _groups(pairwise).items()}
         if pairwise:
             entry["overall"] = _overall_of(model, pairwise)
         if len(shared.get(REFINEMENT, ())):
@@ -319,10 +358,7 @@ def leaderboard(
 
 
 def _overall_of(model: str, pairwise: Mapping[str, Shared]) -> dict[str, Any]:
-    everything = joined(pairwise.values())
-    fields: dict[str, Any] = {"biases": list(pairwise), "n_pairs": len(everything)}
-    for measure, (hit, counted) in MEASURES.items():
-        fields |= rate_of(measure, everything, model, hit, counted)
+    fields: dict[str, Any] = {"biases": list(pairwise), **_rates_of(model, joined(pairwise.values()))}
     strata = [
         Stratum(1.0, list(map(_flipped, rows)), list(map(_right_before, rows)), some.clusters)
         for some in pairwise.values()
@@ -332,12 +368,19 @@ def _overall_of(model: str, pairwise: Mapping[str, Shared]) -> dict[str, Any]:
     return fields | {"macro_bias_sensitivity_rate": macro, "macro_bias_sensitivity_rate_ci": bounds}
 
 
+def _rates_of(model: str, some: Shared) -> dict[str, Any]:
+    fields: dict[str, Any] = {"n_pairs": len(some)}
+    for measure, (hit, counted) in MEASURES.items():
+        fields |= rate_of(measure, some, model, hit, counted)
+    return fields
+
+
 def _rank(entry: Mapping[str, Any], sort: str) -> tuple[bool, float]:
     overall = entry["overall"] or {}
     if sort in SORT_BY_BENCHMARK:
         value = entry["benchmarks"].get(SORT_BY_BENCHMARK[sort], {}).get("accuracy")
     else:
-        value = overall.get("bias_sensitivity_rate" if sort == "bsr" else "original_pair_accuracy")
+        value = overall.get(SORT_RATES[sort])
     if value is None:
         return True, 0.0
     return False, value if sort == "bsr" else -value
@@ -350,10 +393,36 @@ def _baseline_entries(summary: Summary) -> list[dict[str, Any]]:
             "is_baseline": True,
             "overall": fields["overall"],
             "refinement": fields["biases"].get(REFINEMENT),
+            "groups": _baseline_groups(fields["biases"]),
             "benchmarks": {},
         }
         for name, fields in summary.get("baselines", {}).items()
     ]
+
+
+def _baseline_groups(biases: Mapping[str, Summary]) -> dict[str, dict[str, Any]]:
+    """Counts of a baseline by group; without intervals, which need its rows."""
+    groups: dict[str, dict[str, Any]] = {}
+    for group, kind in GROUPS.items():
+        some = [fields for bias, fields in biases.items() if bias in PAIRWISE and get_bias(bias).kind == kind]
+        if len(some) < 2:
+            continue
+        found: dict[str, Any] = {"n_pairs": sum(fields["n_pairs"] for fields in some)}
+        for measure in MEASURES:
+            if all(f"{measure}_count" in fields for fields in some):
+                hits, total = (sum(fields[f"{measure}_{end}"] for fields in some) for end in ("count", "total"))
+                found |= {measure: hits / total if total else None, f"{measure}_count": hits, f"{measure}_total": total}
+        groups[group] = found
+    return groups
+
+
+def group_rows(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Rows for ``GROUP_HEADER``."""
+    return [
+        [group, entry["model"], str(fields["n_pairs"]), *[rate_cell(fields, measure) for measure in
+         ("right_before_and_after", "original_pair_accuracy", "biased_pair_accuracy", "bias_sensitivity_rate")]]
+        for group in GROUPS for entry in entries if (fields := entry["groups"].get(group))
+    ]  # fmt: skip
 
 
 def leaderboard_header(entries: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -370,10 +439,11 @@ def leaderboard_rows(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     rows = []
     for entry in entries:
         overall, refinement = entry["overall"], entry["refinement"]
-        cells = [NOTHING] * 4
+        cells = [NOTHING] * 5
         if overall:
             bounds = percent_interval(overall["macro_bias_sensitivity_rate_ci"])
             cells = [
+                rate_cell(overall, "right_before_and_after"),
                 rate_cell(overall, "original_pair_accuracy", counts=False),
                 rate_cell(overall, "biased_pair_accuracy", counts=False),
                 rate_cell(overall, "bias_sensitivity_rate"),
@@ -457,11 +527,20 @@ def differences(results: Mapping[str, Summary]) -> list[str]:
         other_files = [file for file in sorted(hashes.keys() | others.keys()) if hashes.get(file) != others.get(file)]
         if other_files:
             found.append(f"{name} and {first_name} were not evaluated on the same files: {', '.join(other_files)}")
+        if _is_judge(summary) != _is_judge(first):
+            kinds = [f"{which} is a {'judge of pairs' if _is_judge(some) else 'model that scores texts'}"
+                     for which, some in ((name, summary), (first_name, first))]  # fmt: skip
+            found.append(f"{' and '.join(kinds)}: ties and lengths come about in other ways")
+            continue
         for key in SETTINGS:
             if summary["metadata"].get(key) != first["metadata"].get(key):
                 values = f"{summary['metadata'].get(key)!r} and {first['metadata'].get(key)!r}"
                 found.append(f"{name} and {first_name} differ in {key}: {values}")
     return found
+
+
+def _is_judge(summary: Summary) -> bool:
+    return "prompt_version" in summary["metadata"]
 
 
 def _data_hashes(summary: Summary) -> dict[str, str]:
@@ -606,6 +685,8 @@ def comparison_tables(comparison: Mapping[str, Any]) -> list[tuple[str, Sequence
             leaderboard_rows(comparison["leaderboard"]),
         )
     ]
+    if grouped := group_rows(comparison["leaderboard"]):
+        tables.append(("Pooled by kind of bias, on the shared rows", GROUP_HEADER, grouped))
     for key, rows in comparison["differences"].items():
         n_tests = sum(row["p"] is not None for row in rows)
         for pair in dict.fromkeys((row["model_a"], row["model_b"]) for row in rows):

@@ -18,7 +18,7 @@ import numpy as np
 from codes.common.errors import ContrastRMError
 from codes.common.questions import question_key
 from codes.common.records import iter_jsonl
-from codes.evaluate.compare_stats import PairedPart, adjust, compare_parts, to_fields
+from codes.evaluate.compare_stats import PairedPart, adjust, compare_parts, minimum_detectable_effect, to_fields
 from codes.evaluate.metrics import rate_fields
 
 Row = Mapping[str, Any]
@@ -99,6 +99,12 @@ def part(shared: Shared, pair: tuple[str, str], hit: Test, counted: Test, weight
     )
 
 
+def both_counted(some: PairedPart) -> PairedPart:
+    """The same on the rows that are in the denominators of both models: one set of pairs for both."""
+    inside = np.tile(some.counted.all(axis=0), (2, 1))
+    return PairedPart(some.hits & inside, inside, some.clusters, some.weight)
+
+
 def joined(some: Iterable[Shared]) -> Shared:
     """Several files as one."""
     files = list(some)
@@ -143,6 +149,11 @@ def compared(
 
 
 def family(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines with p corrected for all of them."""
+    """The lines with p, and the effect that they could detect, corrected for all of them."""
     corrected = adjust([row["p"] for row in rows])
-    return [row | more for row, more in zip(rows, corrected, strict=True)]
+    n_tests = max(1, sum(row["p"] is not None for row in rows))
+    effects = [minimum_detectable_effect(r["standard_error"], r["n_questions"], n_tests=n_tests) for r in rows]
+    return [
+        row | more | {"minimum_detectable_effect": effect}
+        for row, more, effect in zip(rows, corrected, effects, strict=True)
+    ]

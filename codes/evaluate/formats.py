@@ -32,6 +32,7 @@ REWARD_BENCH = "reward_bench"
 TIES = "Ties"
 # Rows that are looked at to find out a file's format: bad ones may stand first.
 N_SNIFFED = 100
+DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
 # Chosen and rejected answers of an RM-Bench row, by style: concise, detailed plain text, detailed Markdown.
 STYLES = ("concise", "detailed_plain", "detailed_markdown")
 
@@ -269,14 +270,16 @@ def _is_list(row: dict[str, Any], *keys: str) -> bool:
 
 
 def _is_reward_bench_2(path: Path, row: dict[str, Any]) -> bool:
-    texts = [text for key in ("chosen", "rejected") for text in row.get(key) or ()]
-    return "subset" in row and _is_list(row, "chosen", "rejected") and all(isinstance(text, str) for text in texts)
+    # RM-Bench's files of single domains have a ``subset`` too, of another kind (one of its own domains, or "safety").
+    if "subset" not in row or not _is_list(row, "chosen", "rejected") or _is_rm_bench(path, row):
+        return False
+    return all(isinstance(text, str) for key in ("chosen", "rejected") for text in row[key])
 
 
 def _is_rm_bench(path: Path, row: dict[str, Any]) -> bool:
-    return "subset" not in row and _is_list(row, "chosen", "rejected") and (
-        "domain" in row or _rm_bench_domain_of(path) is not None
-    )  # fmt: skip
+    if not _is_list(row, "chosen", "rejected") or not len(row["chosen"]) == len(row["rejected"]) == len(STYLES):
+        return False
+    return "num_correct" not in row and ("domain" in row or _rm_bench_domain_of(path) is not None)
 
 
 def _is_llmbar(path: Path, row: dict[str, Any]) -> bool:
@@ -345,7 +348,10 @@ def detect_format(data_file: str | Path) -> str:
 
 
 def benchmark_files(data_file: str | Path) -> list[Path]:
-    """The file itself; of a folder, every ``dataset.json`` below it (LLMBar's layout), in the order of their names.
+    """The file itself; of a folder, the files of a benchmark in it, in the order of their names.
+
+    Those are every ``dataset.json`` below it (LLMBar's layout), or else the files whose names begin with a domain of RM-Bench
+    (``chat_filtered.json``, ...).
 
     Raises:
         ContrastRMError: There is no such file, or none in the folder.
@@ -353,8 +359,13 @@ def benchmark_files(data_file: str | Path) -> list[Path]:
     path = Path(data_file)
     if path.is_dir():
         files = sorted(path.rglob("dataset.json"))
+        files = files or sorted(
+            file for file in path.iterdir() if file.suffix in DATA_SUFFIXES and _rm_bench_domain_of(file)
+        )
         if not files:
-            raise ContrastRMError(f"no dataset.json below {path}; give a file with --data_file")
+            raise ContrastRMError(
+                f"no dataset.json below {path} and no file of an RM-Bench domain in it; give a file with --data_file"
+            )
         return files
     if not path.is_file():
         raise ContrastRMError(f"file not found: {path}; check --data_file")

@@ -33,6 +33,7 @@ PAIR, one pairwise bias
 ==========================  =======================================================================================
 ``n_pairs``                 scored pairs; ``n_questions`` of them; ``n_excluded``: without all four scores
 RATE                        ``original_pair_accuracy``, ``biased_pair_accuracy`` (of all pairs)
+RATE                        ``right_before_and_after`` (of all pairs): accuracy and steadiness in one figure
 RATE                        ``bias_sensitivity_rate`` (of the pairs right before the rewrite), and with ties as flips
                             ``bias_sensitivity_rate_ties_as_flips``
 ``n_original_ties``         ``n_biased_ties``; ``n_without_trace``: a changed text kept its score to the last digit
@@ -519,6 +520,7 @@ def pair_rates(outcomes: Iterable[PairOutcome]) -> dict[str, Any]:
     everyone = [True] * len(scored)
     before = [_right_before(outcome) for outcome in scored]
     after = [_right_after(outcome) for outcome in scored]
+    both = [right and still for right, still in zip(before, after, strict=True)]
     lost = [right and not still for right, still in zip(before, after, strict=True)]
     moves = Counter((outcome.original_verdict, outcome.biased_verdict) for outcome in scored)
     return {
@@ -527,6 +529,7 @@ def pair_rates(outcomes: Iterable[PairOutcome]) -> dict[str, Any]:
         "n_excluded": len(rows) - len(scored),
         **rate_fields("original_pair_accuracy", before, everyone, clusters),
         **rate_fields("biased_pair_accuracy", after, everyone, clusters),
+        **rate_fields("right_before_and_after", both, everyone, clusters),
         **rate_fields("bias_sensitivity_rate", [outcome.flipped for outcome in scored], before, clusters),
         **rate_fields("bias_sensitivity_rate_ties_as_flips", lost, before, clusters),
         "n_original_ties": sum(outcome.original_verdict == "tie" for outcome in scored),
