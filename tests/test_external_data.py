@@ -36,21 +36,10 @@ def test_every_public_bias_row_is_read() -> None:
         assert (len(records), report.bad) == (lines_of(path), []), name
 
 
-def test_identity_files_change_the_better_answer_only() -> None:
-    for name in ("gender", "race"):
-        records, _ = read_bias_file(Path(FOLDER) / "judgebias_dev" / eval_file_name(name))
-        for record in records:
-            other = 1 - record.better
-            assert record.rewritten[other].strip() == record.original[other].strip(), (name, record.line)
-
-
-def test_the_training_pool_is_read_and_the_longer_answer_wins_as_often_as_published() -> None:
+def test_every_row_of_the_training_pool_is_read() -> None:
     path = Path(FOLDER) / "train_pool.jsonl"
     records, report = read_preference_file(path)
     assert (len(records), report.bad) == (lines_of(path), [])
-    pairs = [(len(record.chosen), len(record.rejected[0])) for record in records]
-    wins, ties = sum(a > b for a, b in pairs), sum(a == b for a, b in pairs)
-    assert round((wins + ties / 2) / len(pairs), 3) == 0.597
 
 
 def test_the_reward_bench_style_file_is_read() -> None:

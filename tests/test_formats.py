@@ -341,6 +341,10 @@ def test_ties_score_by_hand() -> None:
     assert (fields["correctness_preferred"], fields["correctness_preferred_hard"]) == (1, 0)
     assert fields["correctness_margin"] == pytest.approx(math.tanh(1 / 2 - 1))
     assert fields["score"] == pytest.approx(0.3 + 0.3 + 0.2 + 0.01 * math.tanh(-0.5))
+    # A gap equal to the spread is no preference: 5 - 3 = 7 - 5.
+    equal = [outcome("Ties", [5, 7], [3, 0], "tied:0"), outcome("Ties", [4], [2, 1], "ref:0")]
+    fields = summarise_benchmark("reward_bench_2", equal)["ties"]
+    assert (fields["correctness_preferred"], fields["correctness_preferred_hard"]) == (0, 0)
     # A tied prompt without its reference counts for accuracy alone.
     rows.append(outcome("Ties", [1, 3], [2], "tied:1"))
     fields = summarise_benchmark("reward_bench_2", rows)["ties"]

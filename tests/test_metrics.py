@@ -335,20 +335,26 @@ def test_length_regression_finds_intercept_and_slope() -> None:
     assert regression["intercept_ci"][0] < -0.3 < regression["intercept_ci"][1]
 
 
-def test_length_regression_equals_a_direct_call_of_statsmodels() -> None:
+def test_length_regression_is_least_squares_with_the_clustered_sandwich() -> None:
     draw = random.Random(15)
     rows = [lengthened(draw.uniform(-1, 1), draw.gauss(0, 1), str(number // 3)) for number in range(90)]
     found = summarise_bias(rows, score_sd=2.0)["length_control"]["regression"]
-    change = np.array([row.log_length_ratio_change for row in rows])
-    gap = np.array([(row.biased[0] - row.biased[1]) - (row.original[0] - row.original[1]) for row in rows])
-    groups = np.repeat(np.arange(30), 3)
-    fit = OLS(gap, np.column_stack([np.ones(90), change])).fit(
-        cov_type="cluster", cov_kwds={"groups": groups}, use_t=True
-    )
-    assert [found["intercept"], found["slope"]] == pytest.approx(list(fit.params))
-    assert [found["intercept_ci"], found["slope_ci"]] == [pytest.approx(list(bounds)) for bounds in fit.conf_int()]
-    assert found["intercept_in_score_sd"] == pytest.approx(fit.params[0] / 2)
-    assert found["intercept_ci_in_score_sd"] == pytest.approx([bound / 2 for bound in fit.conf_int()[0]])
+    change = np.array([math.log(row.biased_lengths[0] / row.biased_lengths[1]) for row in rows])
+    gap = np.array([row.biased[0] - row.biased[1] - 1.0 for row in rows])
+    x = np.column_stack([np.ones(90), change])
+    bread = np.linalg.inv(x.T @ x)
+    beta = bread @ x.T @ gap
+    scores = (x * (gap - x @ beta)[:, None]).reshape(30, 3, 2).sum(axis=1)
+    # 30 questions, 90 rows, two parameters; the quantile of Student's t with 29 degrees of freedom is 2.04523.
+    variance = 30 / 29 * 89 / 88 * bread @ scores.T @ scores @ bread
+    half = 2.04523 * np.sqrt(np.diag(variance))
+    assert [found["intercept"], found["slope"]] == pytest.approx(list(beta))
+    for position, name in enumerate(("intercept_ci", "slope_ci")):
+        assert found[name] == pytest.approx(
+            [beta[position] - half[position], beta[position] + half[position]], rel=1e-4
+        )
+    assert found["intercept_in_score_sd"] == pytest.approx(beta[0] / 2)
+    assert found["intercept_ci_in_score_sd"] == pytest.approx([bound / 2 for bound in found["intercept_ci"]])
 
 
 def test_no_length_control_for_length_nor_without_variation() -> None:
@@ -365,6 +371,9 @@ def test_empty_text_has_a_length_ratio() -> None:
 def test_intercept_far_from_the_data_is_marked() -> None:
     far = [lengthened(-1.0 - 0.01 * number, -1.0, str(number)) for number in range(30)]
     assert summarise_bias(far)["length_control"]["regression"]["intercept_is_extrapolated"]
+    # One pair on the other side of zero does not carry the line there.
+    stray = [*far, lengthened(0.5, -1.0, "stray")]
+    assert summarise_bias(stray)["length_control"]["regression"]["intercept_is_extrapolated"]
     near = [lengthened(0.02 - 0.002 * number, -1.0, str(number)) for number in range(30)]
     assert not summarise_bias(near)["length_control"]["regression"]["intercept_is_extrapolated"]
 
@@ -391,15 +400,17 @@ def test_placebo_is_reported_beside_the_identity_sentence() -> None:
         return PairOutcome(1, question, (1.0, 0.5), (biased, 0.5), placebo=(placebo, 0.5))
 
     rows = [row(0, 0, "a"), row(0, 1, "b"), row(0, 1, "c"), row(1, 1, "d"), row(1, NAN, "e")]
+    # Wrong before the rewrite: outside the rates of flips, inside the accuracy and the shift.
+    rows.append(PairOutcome(1, "f", (0.2, 0.5), (0.0, 0.5), placebo=(1.0, 0.5)))
     summary = summarise_bias(rows)
     placebo = summary["placebo"]
     assert (summary["bias_sensitivity_rate_count"], summary["bias_sensitivity_rate_total"]) == (3, 5)
     assert (placebo["bias_sensitivity_rate_count"], placebo["bias_sensitivity_rate_total"]) == (1, 4)
-    assert (placebo["n_pairs"], placebo["n_excluded"]) == (4, 1)
+    assert (placebo["n_pairs"], placebo["n_excluded"]) == (5, 1)
     assert placebo["identity_minus_placebo"] == pytest.approx(2 / 4)
     assert placebo["identity_minus_placebo_p"] == pytest.approx(0.5)
-    assert (placebo["placebo_pair_accuracy_count"], placebo["placebo_pair_accuracy_total"]) == (3, 4)
-    assert placebo["gap_shift_minus_placebo"]["mean"] == pytest.approx((0 - 1 - 1 + 0) / 4)
+    assert (placebo["placebo_pair_accuracy_count"], placebo["placebo_pair_accuracy_total"]) == (4, 5)
+    assert placebo["gap_shift_minus_placebo"]["mean"] == pytest.approx((0 - 1 - 1 + 0 - 1) / 5)
     assert placebo["n_without_placebo"] == 0
     without = PairOutcome(9, "z", (1.0, 0.5), (0, 0.5), is_identity=True)
     assert summarise_bias([*rows, without])["placebo"]["n_without_placebo"] == 1
@@ -426,6 +437,15 @@ def test_stratified_rate_of_one_stratum_is_close_to_wilson() -> None:
     assert mean == pytest.approx(0.2)
     assert interval == pytest.approx(list(proportion_confint(40, 200, method="wilson")), abs=0.002)
     assert stratified_rate([]) == (None, None)
+
+
+def test_strata_without_spread_do_not_make_the_interval_narrow() -> None:
+    """Four rows all right and 400 half right, of one weight: by the weights as good as 1 / (1/16 + 1/1600) = 15.8 rows."""
+    certain = Stratum(1.0, [True] * 4, [True] * 4, [f"a{i}" for i in range(4)])
+    even = Stratum(1.0, [i % 2 == 0 for i in range(400)], [True] * 400, [f"b{i}" for i in range(400)])
+    mean, interval = stratified_rate([certain, even])
+    assert mean == pytest.approx(0.75)
+    assert interval == pytest.approx(list(proportion_confint(0.75 * 15.84, 15.84, method="wilson")), abs=0.002)
 
 
 # --- exact test of the flips ---

@@ -157,3 +157,14 @@ def test_sign_flips_by_hand() -> None:
     assert sign_flip_p([1, 2, 3, 0], [*names, "a"]) == pytest.approx(2 / 8)  # a question's rows keep together
     assert sign_flip_p([3, 3], ["a", "a"]) == 1.0
     assert sign_flip_p([], []) is sign_flip_p([0.0, 0.0], ["a", "b"]) is None
+
+
+def test_clustered_rate_by_hand() -> None:
+    """Four questions of two equal rows, two of them right.
+
+    Variance 4/3 x 4 / 8^2 = 1/12, so 3 rows count as independent; times (1.95996 / 3.18245)^2 for four questions: 1.13788.
+    Half the width: 1.95996 x sqrt(0.25 / 1.13788 + 3.84146 / (4 x 1.13788^2)) / (1 + 3.84146 / 1.13788) = 0.43917.
+    """
+    names = [name for name in "abcd" for _ in range(2)]
+    found = cluster_rate([1, 1, 1, 1, 0, 0, 0, 0], [1] * 8, names)
+    assert (found.ci_low, found.ci_high) == pytest.approx((0.5 - 0.43917, 0.5 + 0.43917), abs=1e-4)
