@@ -118,7 +118,7 @@ def test_a_template_that_is_named_is_used_saved_and_recorded(
     wanted = str(tmp_path / "own.jinja") if wanted == "file" else wanted
     out = trained(base, train_file, tmp_path / "out", "--chat_template", wanted)
     assert json.loads((out / "train_args.json").read_text())["chat_template"] == wanted
-    assert f"| chat_template | {wanted} |" in (out / "README.md").read_text()
+    assert f"| chat_template | {Path(wanted).name} |" in (out / "README.md").read_text()  # a card names no folders
     saved = AutoTokenizer.from_pretrained(out)
     expected = {
         "chatml": "<|im_start|>user\nwhat is 2 + 2<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n",
