@@ -88,11 +88,13 @@ def run_stages(scratch: Path, repo: Path) -> None:
     launch(*compare, "--output_file", str(scratch / "results" / "comparison.md"))
 
 
-def settled(value: Any) -> Any:
-    """A JSON value without its volatile fields."""
-    if isinstance(value, dict):
-        return {key: settled(part) for key, part in value.items() if not any(word in key for word in VOLATILE)}
-    return [settled(part) for part in value] if isinstance(value, list) else value
+def settled(text: str, scratch: Path) -> Any:
+    """A JSON text as a value without its volatile fields and without the folder in which it was written."""
+
+    def without_volatile(row: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in row.items() if not any(word in key for word in VOLATILE)}
+
+    return json.loads(text.replace(str(scratch), "SCRATCH"), object_hook=without_volatile)
 
 
 def record(output_dir: Path, repo: Path) -> None:
@@ -106,14 +108,16 @@ def record(output_dir: Path, repo: Path) -> None:
             if {"base", "cache", "mpl"} & set(path.relative_to(scratch).parts) or not path.is_file():
                 continue
             if path.suffix == ".json" and "token" not in path.name:
-                write_json(ensured(kept.parent) / kept.name, settled(json.loads(path.read_text(encoding="utf-8"))))
+                write_json(ensured(kept.parent) / kept.name, settled(path.read_text(encoding="utf-8"), scratch))
             elif path.suffix == ".jsonl":
-                rows = [settled(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+                rows = [settled(line, scratch) for line in path.read_text(encoding="utf-8").splitlines()]
                 write_json(ensured(kept.parent) / f"{kept.name}.json", rows)
             elif path.suffix == ".safetensors":
                 write_json(ensured(kept.parent) / f"{kept.name}.json", weight_sums(path))
             elif path.suffix == ".md":
-                write_text(ensured(kept.parent) / kept.name, path.read_text(encoding="utf-8").replace(name, ""))
+                lines = path.read_text(encoding="utf-8").replace(str(scratch), "SCRATCH").splitlines()
+                stable = [line for line in lines if not any(word in line.split(" | ")[0] for word in VOLATILE)]
+                write_text(ensured(kept.parent) / kept.name, "\n".join(stable) + "\n")
 
 
 def ensured(folder: Path) -> Path:
