@@ -24,16 +24,13 @@ from benchmarks.common import (
     PeakMemory,
     add_run_arguments,
     add_training_arguments,
-    forward_flops,
     model_fields,
-    model_shape,
     now,
     resolve_device,
     training_fields,
     whole_steps,
     write_line,
 )
-from benchmarks.parts import Part, add_part_arguments, choose_part
 from benchmarks.rows import TextSet, public_bias_files, read_texts
 from codes.common.chat import Conversation
 from codes.common.errors import ContrastRMError
@@ -268,7 +265,6 @@ def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--percent", type=float, default=100, help="so many of a hundred questions, by a seeded hash")
     parser.add_argument("--seed", type=int, default=42, help="of that choice")
-    add_part_arguments(parser)
     parser.add_argument(
         "--scores_file", default=None, help="write the scores here (a JSON list, in the order of the texts)"
     )
@@ -284,36 +280,8 @@ def in_order(items: Sequence[Any], batch_size: int) -> list[range]:
     return [range(start, min(start + batch_size, len(items))) for start in range(0, len(items), batch_size)]
 
 
-def choose_padded_part(
-    model_path: str | Path,
-    lengths: Sequence[int],
-    batches: Sequence[Sequence[int]],
-    *,
-    part: int,
-    parts: int,
-    seed: int,
-) -> Part:
-    """The texts of a part of a padded peer's batches.
-
-    Args:
-        lengths: Tokens of every text.
-        batches: Positions of the texts of each batch.
-    """
-    widths = [max(lengths[index] for index in batch) for batch in batches]
-    n_tokens = [len(batch) * width for batch, width in zip(batches, widths, strict=True)]
-    shape = model_shape(model_path)
-    # A mask of padding is no triangle: every pair is computed.
-    flops = [forward_flops(shape, n, n * width) for n, width in zip(n_tokens, widths, strict=True)]
-    return choose_part(batches, n_tokens, flops, part=part, parts=parts, seed=seed)
-
-
-def scoring_fields(
-    result: dict[str, Any], texts: TextSet, n_tokens: int, scores_file: str | None, part: Part
-) -> dict[str, Any]:
+def scoring_fields(result: dict[str, Any], texts: TextSet, n_tokens: int, scores_file: str | None) -> dict[str, Any]:
     """The result of a scoring run, the same names for every peer; the scores go to their file.
-
-    Args:
-        part: What was scored of the texts, and stands for all of them.
 
     Raises:
         ContrastRMError: A score is not finite.
@@ -325,8 +293,6 @@ def scoring_fields(
         )
     if scores_file is not None:
         write_json(scores_file, scores.tolist())
-    if part.of > 1:
-        result |= part.fields(result["seconds"], result["n_computed_tokens"])
     return {
         "task": "scoring",
         **texts.fields,
@@ -405,7 +371,6 @@ def run_training(
 def run_scoring(
     peer: str,
     batches: Callable[[PlainModel, list[str]], Iterator[tuple[Any, Any]]],
-    plan: Callable[[Sequence[int]], Sequence[Sequence[int]]],
     *,
     model_path: str,
     precision: str,
@@ -415,24 +380,18 @@ def run_scoring(
     percent: float,
     seed: int,
     scores_file: str | None,
-    part: int,
-    parts: int,
     **settings: Any,
 ) -> None:
     """Score the texts of files, and write the JSON line.
 
     Args:
         batches: Makes (positions, padded batch) of the rendered texts.
-        plan: The same batches as positions, from the tokens of the texts.
         settings: Further settings, for the line.
     """
     texts = read_asked_texts(files, percent, seed)
     plain = load_plain_model(model_path, precision=precision, device=device)
     lengths = [len(row) for row in plain.tokenize(plain.render(texts.conversations))]
-    mine = choose_padded_part(model_path, lengths, plan(lengths), part=part, parts=parts, seed=seed)
-    result = score_texts(
-        plain, [texts.conversations[index] for index in mine.positions], lambda rendered: batches(plain, rendered)
-    )
+    result = score_texts(plain, texts.conversations, lambda rendered: batches(plain, rendered))
     fields = {"peer": peer, "precision": precision, "device": str(plain.device), **settings}
-    fields |= scoring_fields(result, texts, sum(lengths), scores_file, mine)
+    fields |= scoring_fields(result, texts, sum(lengths), scores_file)
     write_line(fields | model_fields(model_path), output_file)

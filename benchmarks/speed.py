@@ -84,11 +84,10 @@ def stops_wait() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def measure_once(peer: Run, *, number: int, threads: int, device: str, log: Path) -> dict[str, Any]:
+def measure_once(peer: Run, *, threads: int, device: str, log: Path) -> dict[str, Any]:
     """Run a peer to its end: its JSON line, or why there is none.
 
     Args:
-        number: Of the round.
         log: What the peer says on stderr.
     """
     python = trl_python() if peer.environment == TRL else Path(sys.executable)
@@ -101,7 +100,7 @@ def measure_once(peer: Run, *, number: int, threads: int, device: str, log: Path
         "" if device == "cpu" else os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     )
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [str(python), "-m", peer.module, *peer.arguments, *(("--part", str(number)) if peer.in_parts else ())]
+    command = [str(python), "-m", peer.module, *peer.arguments]
     with log.open("w", encoding="utf-8") as errors, ExitStack() as children:
         with stops_wait():
             child = subprocess.Popen(
@@ -154,7 +153,7 @@ def run_suite(
         for number, one in bar:
             bar.set_postfix_str(f"round {number + 1}, {one.name}")
             log = lines_file.parent / "logs" / f"{suite.name}-{suite.runs.index(one)}-{one.name}-{number}.log"
-            found = measure_once(one, number=number, threads=threads, device=options.device, log=log)
+            found = measure_once(one, threads=threads, device=options.device, log=log)
             if "failed" in found:
                 n_failed += 1
                 bar.write(f"{suite.name}: {one.name} {one.scenario}: {found['failed']} (log: {log})", file=sys.stderr)
@@ -162,7 +161,6 @@ def run_suite(
                 "suite": suite.name,
                 "title": suite.title,
                 "kind": suite.kind,
-                "dtype": suite.dtype,
                 "session": session,
                 "round": number,
                 "run": one.name,
@@ -222,12 +220,6 @@ def build_parser() -> argparse.ArgumentParser:
     rows.add_argument("--input_file", default=None, help="preference records of the training suites")
     rows.add_argument("--files", nargs="+", default=[], help="evaluation files of the scoring suites")
     rows.add_argument("--percent", type=float, default=None, help="so many of a hundred questions are scored")
-    rows.add_argument(
-        "--parts",
-        type=positive,
-        default=1,
-        help="scoring: deal the work out over so many rounds (--rounds may be fewer)",
-    )
     rows.add_argument("--seed", type=int, default=42, help="chooses the rows")
     rows.add_argument("--max_length", type=positive, default=1024, help="most tokens of a text to train on")
     training = parser.add_argument_group("training")
@@ -242,12 +234,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--max_tokens", type=natural, default=0, help="padded tokens at once, sorted baseline; 0: as ours"
     )
     training.add_argument("--max_tokens_per_batch", type=natural, default=0, help="computed tokens at once, ours")
-    sizes = parser.add_argument_group("gpu, growth and gemm")
+    sizes = parser.add_argument_group("gpu and gemm")
     sizes.add_argument("--shape", dest="shapes", nargs="+", choices=tuple(SHAPES), default=[])
     sizes.add_argument("--prompts", type=positive, nargs="+", default=[], help="tokens of a prompt")
     sizes.add_argument("--groups", dest="group_sizes", type=positive, nargs="+", default=[], help="answers of a group")
-    sizes.add_argument("--backward", type=int, choices=(0, 1), default=0, help="growth: gradients too")
-    sizes.add_argument("--repeats", type=positive, default=1, help="growth: times that a point is measured in a run")
     sizes.add_argument("--seconds", type=float, default=0.3, help="gemm: time spent on one shape")
     return parser
 
@@ -260,8 +250,6 @@ def main(argv: list[str] | None = None) -> int:
         raise ContrastRMError(
             f"--device {args.device}: every run sees one GPU only; choose it with CUDA_VISIBLE_DEVICES and --device cuda"
         )
-    if 1 < args.parts < args.rounds:
-        raise ContrastRMError(f"--rounds {args.rounds}: there are only {args.parts} parts, each measured once")
     n_failed = 0
     if "report" in args.suites:
         names = reported_suites(names, args.work_dir, args.results_dir)

@@ -29,8 +29,8 @@ from codes.common.scoring import default_token_budget
 
 OWN, TRL = "this project's", "TRL's"
 GEMM = "gemm"
-# Our default once more, under the profiler: its time is no rate.
-PROFILED = "ours.profiled"
+# Precision of every suite's arithmetic, and of the matrix multiplications that the rates are compared with.
+DTYPE = "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,6 @@ class Options:
         max_tokens: Padded tokens of a batch of the sorted baseline; 0: as many as ours computes.
         max_tokens_per_batch: Computed tokens of a batch of ours; 0: what suits the device.
         percent: So many of a hundred questions are scored.
-        parts: Deal the batches of a scoring suite out over so many rounds.
     """
 
     model_path: Path = MODEL_DIR
@@ -63,13 +62,10 @@ class Options:
     max_length: int = 1024
     gradient_checkpointing: int | None = None
     percent: float | None = None
-    parts: int = 1
     shapes: tuple[str, ...] = ()
     prompts: tuple[int, ...] = ()
     group_sizes: tuple[int, ...] = ()
-    backward: int = 0
     seconds: float = 0.3
-    repeats: int = 3
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,6 @@ class Run:
         scenario: Runs of one scenario do the same work.
         environment: Whose Python runs it.
         pairs_per_group: How many of the peer's groups make one of ours (TRL gets a group of four as three pairs).
-        in_parts: Every round computes the next part of the work.
     """
 
     name: str
@@ -92,7 +87,6 @@ class Run:
     scenario: str = ""
     environment: str = OWN
     pairs_per_group: int = 1
-    in_parts: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,15 +94,13 @@ class Suite:
     """Runs that are compared.
 
     Attributes:
-        kind: ``training``, ``scoring``, ``gemm_rate`` or ``growth``.
-        dtype: Of the matrix multiplications that the rates are compared with.
+        kind: ``training``, ``scoring`` or ``gemm_rate``.
         inputs: What the results depend on beside the code: hashes of files and weights.
     """
 
     name: str
     title: str
     kind: str
-    dtype: str
     runs: tuple[Run, ...]
     inputs: tuple[str, ...] = ()
 
@@ -123,26 +115,21 @@ class TrainingDefaults:
 
 
 TRAINING = {
-    "training-pairs": TrainingDefaults(answers=2, groups_per_step=4, steps=1),
-    "training-groups4": TrainingDefaults(answers=4, groups_per_step=2, steps=1),
-    "training-groups8": TrainingDefaults(answers=8, groups_per_step=1, steps=2),
+    "training-pairs-bf16": TrainingDefaults(answers=2, groups_per_step=4, steps=1),
+    "training-groups4-bf16": TrainingDefaults(answers=4, groups_per_step=2, steps=1),
+    "training-groups8-bf16": TrainingDefaults(answers=8, groups_per_step=1, steps=2),
 }
-DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-SCORING_PERCENT = {"scoring-bf16": 0.5, "scoring-fp32": 0.2, "scoring-rewardbench": 2.0}
+SCORING_PERCENT = {"scoring-bf16": 0.5, "scoring-rewardbench": 2.0}
 GPU_DEFAULTS = TrainingDefaults(answers=4, groups_per_step=4, steps=2)
 # The shapes of the GPU suite; "tiny" tries the suite out.
 GPU_SHAPES = tuple(name for name in SHAPES if name != "tiny")
 SUITES = (
     "gemm",
     "training-pairs-bf16",
-    "training-pairs-fp32",
     "training-groups4-bf16",
-    "training-groups4-fp32",
     "training-groups8-bf16",
     "scoring-bf16",
-    "scoring-fp32",
     "scoring-rewardbench",
-    "growth",
     "gpu",
 )
 
@@ -155,16 +142,13 @@ def build_suite(name: str, options: Options) -> Suite:
     """
     if name == "gemm":
         return gemm_suite(options)
-    if name == "growth":
-        return growth_suite(options)
     if name == "gpu":
         return gpu_suite(options)
     if name in SCORING_PERCENT:
         return scoring_suite(name, options)
-    stem, _, precision = name.rpartition("-")
-    if stem not in TRAINING or precision not in DTYPES:
+    if name not in TRAINING:
         raise ContrastRMError(f"unknown suite {name!r}; known: {', '.join(SUITES)}")
-    return training_suite(name, TRAINING[stem], DTYPES[precision], options)
+    return training_suite(name, TRAINING[name], options)
 
 
 def gemm_run(options: Options, model_path: Path, tokens: Sequence[int] = (2048,), scenario: str = "") -> Run:
@@ -178,23 +162,7 @@ def gemm_suite(options: Options) -> Suite:
     """The rate of matrix multiplications at several numbers of tokens."""
     run = gemm_run(options, options.model_path, (512, 1024, 2048, 4096))
     title = "Rate of the matrix multiplications of one block"
-    return Suite("gemm", title, "gemm_rate", "bfloat16", (run,), inputs=(_weights(options.model_path),))
-
-
-def growth_suite(options: Options) -> Suite:
-    """Cost of a group as it grows."""
-    common = ("--model_path", str(options.model_path), "--device", options.device, "--repeats", str(options.repeats))
-    runs = []
-    for backward in range(options.backward + 1):
-        way = "forward and backward" if backward else "forward"
-        arguments = (*common, "--precision", "bfloat16", "--backward", str(backward))
-        if options.group_sizes:
-            arguments += ("--group_sizes", *map(str, options.group_sizes))
-        if options.prompts:
-            arguments += ("--prompts", *map(str, options.prompts))
-        runs.append(Run(f"growth.{way.replace(' ', '_')}", way, "benchmarks.growth", arguments, way))
-    title = "Cost of a group as its answers, its prompt and the number of groups grow"
-    return Suite("growth", title, "growth", "bfloat16", tuple(runs), inputs=(_weights(options.model_path),))
+    return Suite("gemm", title, "gemm_rate", (run,), inputs=(_weights(options.model_path),))
 
 
 def scoring_suite(name: str, options: Options) -> Suite:
@@ -205,10 +173,9 @@ def scoring_suite(name: str, options: Options) -> Suite:
         files = (str(external_data() / "rewardbench_style.jsonl"),)
     else:
         files = tuple(map(str, public_bias_files()))
-    precision = "float32" if name.endswith("fp32") else "bfloat16"
     percent = options.percent if options.percent is not None else SCORING_PERCENT[name]
-    common = ("--model_path", str(options.model_path), "--precision", precision, "--device", options.device)
-    common += ("--percent", str(percent), "--seed", str(options.seed), "--files", *files, "--parts", str(options.parts))
+    common = ("--model_path", str(options.model_path), "--precision", DTYPE, "--device", options.device)
+    common += ("--percent", str(percent), "--seed", str(options.seed), "--files", *files)
     budget = ("--max_tokens_per_batch", str(options.max_tokens_per_batch))
     sorted_budget = ("--max_tokens", str(sorted_tokens(options)))
     module = "benchmarks.peers"
@@ -221,14 +188,11 @@ def scoring_suite(name: str, options: Options) -> Suite:
             Run(f"ours.{packing}", label, f"{module}.ours", ("score", *common, *budget, "--packing", packing))
             for packing, label in OUR_LABELS.items()
         ),
-        Run(PROFILED, PROFILED_LABEL, f"{module}.ours", ("score", *common, *budget, "--profile", "1")),
     ]
     data = "RewardBench-style rows" if name == "scoring-rewardbench" else "the bias files"
     inputs = (_weights(options.model_path), *(f"{Path(file).name} {file_sha256(file)}" for file in files))
-    title = f"Scoring {percent:g} % of the questions of {data}, {precision}"
-    if options.parts > 1:
-        runs = [run if run.name == GEMM else replace(run, in_parts=True) for run in runs]
-    return Suite(name, title, "scoring", precision, tuple(runs), inputs)
+    title = f"Scoring {percent:g} % of the questions of {data}, {DTYPE}"
+    return Suite(name, title, "scoring", tuple(runs), inputs)
 
 
 OUR_LABELS = {
@@ -236,15 +200,13 @@ OUR_LABELS = {
     "packed": "ours, packed",
     "shared": "ours, packed with shared prefixes (default)",
 }
-PROFILED_LABEL = "ours, under the profiler"
 PRECISION_LABELS = {
-    "float32": "float32",
     "autocast": "autocast over float32 weights",
     "bfloat16": "bfloat16 weights",
 }
 
 
-def training_suite(name: str, defaults: TrainingDefaults, dtype: str, options: Options) -> Suite:
+def training_suite(name: str, defaults: TrainingDefaults, options: Options) -> Suite:
     """All training peers on the same groups of real rows; TRL too where they are pairs."""
     sizes = replace(
         defaults,
@@ -255,18 +217,17 @@ def training_suite(name: str, defaults: TrainingDefaults, dtype: str, options: O
     train_file = write_rows(options, answers=defaults.answers, n=n)
     runs = (
         gemm_run(options, options.model_path),
-        *training_runs(options, sizes, dtype, model_path=options.model_path, train_file=train_file),
+        *training_runs(options, sizes, model_path=options.model_path, train_file=train_file),
     )
     what = "pairs" if defaults.answers == 2 else f"groups of {defaults.answers}"
-    title = f"Training on {what}, {dtype}"
+    title = f"Training on {what}, {DTYPE}"
     inputs = (_weights(options.model_path), f"{train_file.name} {file_sha256(train_file)}")
-    return Suite(name, title, "training", dtype, runs, inputs)
+    return Suite(name, title, "training", runs, inputs)
 
 
 def training_runs(
     options: Options,
     sizes: TrainingDefaults,
-    dtype: str,
     *,
     model_path: Path,
     train_file: Path,
@@ -278,7 +239,6 @@ def training_runs(
     Args:
         pairs_file: The same groups as pairs, for TRL; None where they are pairs already or TRL is left out.
     """
-    modes = ("float32",) if dtype == "float32" else ("autocast", "bfloat16")
     checkpointing = options.gradient_checkpointing or 0
     common = ("--model_path", str(model_path), "--device", options.device, "--max_length", str(options.max_length))
     common += ("--steps", str(sizes.steps), "--warmup_steps", str(options.warmup_steps))
@@ -289,7 +249,7 @@ def training_runs(
     micro_batch = max(1, options.rows_per_micro_batch // sizes.answers)
     max_tokens = str(sorted_tokens(options))
     runs = []
-    for mode in modes:
+    for mode in PRECISION_LABELS:
         runs.append(
             Run(
                 f"original_loop.{mode}",
@@ -299,7 +259,7 @@ def training_runs(
                 scenario,
             )
         )
-    for mode in modes:
+    for mode in PRECISION_LABELS:
         runs.append(
             Run(
                 f"sorted_padded.{mode}",
@@ -314,7 +274,7 @@ def training_runs(
         per_step = sizes.groups_per_step * per_group
         at_once = max(size for size in range(1, max(1, options.rows_per_micro_batch // 2) + 1) if per_step % size == 0)
         pairs = ("--train_file", str(pairs_file or train_file), "--groups_per_step", str(per_step))
-        for mode in modes:
+        for mode in PRECISION_LABELS:
             runs.append(
                 Run(
                     f"trl.{mode}",
@@ -326,13 +286,11 @@ def training_runs(
                     per_group,
                 )
             )
-    weights = "" if dtype == "float32" else ", float32 masters"
-    ours = ("train", *common, *groups, *temperature, "--precision", dtype)
+    ours = ("train", *common, *groups, *temperature, "--precision", DTYPE)
     ours += ("--max_tokens_per_batch", str(options.max_tokens_per_batch))
     for packing, label in OUR_LABELS.items():
         arguments = (*ours, "--packing", packing)
-        runs.append(Run(f"ours.{packing}", label + weights, "benchmarks.peers.ours", arguments, scenario))
-    runs.append(Run(PROFILED, PROFILED_LABEL, "benchmarks.peers.ours", (*ours, "--profile", "1"), scenario))
+        runs.append(Run(f"ours.{packing}", f"{label}, float32 masters", "benchmarks.peers.ours", arguments, scenario))
     return runs
 
 
@@ -374,14 +332,13 @@ def gpu_suite(options: Options) -> Suite:
                         ),
                     ),
                     sizes,
-                    "bfloat16",
                     model_path=model,
                     train_file=rows,
                     pairs_file=write_pairs(rows) if answers > 2 else None,
                     scenario=f"{shape}, prompts of {prompt} tokens, groups of {answers}",
                 )
     title = "Training randomly initialised Qwen2.5 shapes on groups of random words, bfloat16"
-    return Suite("gpu", title, "training", "bfloat16", tuple(runs), tuple(inputs))
+    return Suite("gpu", title, "training", tuple(runs), tuple(inputs))
 
 
 def write_rows(options: Options, *, answers: int, n: int) -> Path:

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from benchmarks import common, exactness, gemm_rate, growth, rows, speed, speed_report, suites
+from benchmarks import common, exactness, gemm_rate, rows, speed, speed_report, suites
 from benchmarks.padded import group_losses, load_plain_model, token_budget_batches
 from benchmarks.peers import original_loop, ours, pipeline_scoring, sorted_padded
 from codes.common.biases import EVALUABLE, eval_file_name
@@ -136,47 +136,6 @@ def test_every_scoring_peer_gives_the_lone_scores_on_the_same_texts(
     assert sorted_ > padded >= packed == lines["ours.packed"]["n_distinct_tokens"] > shared
     # What is useful is a property of the texts, not of the way they are computed.
     assert len({lines[name]["useful_flops"] for name in peers if name.startswith("ours")}) == 1
-
-
-@pytest.mark.parametrize(
-    ("main", "task"),
-    [
-        (original_loop.main, ["score"]),
-        (sorted_padded.main, ["score"]),
-        (pipeline_scoring.main, []),
-        (ours.main, ["score"]),
-    ],
-    ids=["original_loop", "sorted_padded", "pipeline", "ours"],
-)
-def test_the_parts_of_a_scoring_run_make_up_the_whole(
-    main: Callable[[list[str]], int], task: list[str], model_dir: Path, line_of: Callable[..., Line], tmp_path: Path
-) -> None:
-    expected = lone_scores(model_dir, rows.read_texts(SCORED, percent=PERCENT))
-    budget = {ours.main: ["--max_tokens_per_batch", 1024], sorted_padded.main: ["--max_tokens", 1024]}.get(main, [])
-    options = [*task, "--model_path", model_dir, "--percent", PERCENT, "--device", "cpu", "--files", *SCORED, *budget]
-    whole = line_of(main, *options)
-    lines, found = [], []
-    for part in range(2):
-        scores_file = tmp_path / f"{part}.json"
-        lines.append(line_of(main, *options, "--parts", 2, "--part", part, "--scores_file", scores_file))
-        scores = json.loads(scores_file.read_text())
-        assert 0 < len(scores) == lines[part]["part_n_texts"] < len(expected)
-        found += scores
-    torch.testing.assert_close(torch.tensor(sorted(found)), torch.tensor(sorted(expected)), atol=1e-4, rtol=0)
-    assert sum(line["part_share"] for line in lines) == pytest.approx(1)
-    # A part is computed in the batches of the whole plan; what is sorted again may fill them a little better.
-    computed = sum(line["part_n_computed_tokens"] for line in lines)
-    assert 0.85 * whole["n_computed_tokens"] <= computed <= 1.02 * whole["n_computed_tokens"]
-    for line in lines:
-        assert line["n_computed_tokens"] == whole["n_computed_tokens"] and line["n_texts"] == len(expected)
-        # Operations grow a little faster than tokens.
-        assert line["part_share"] == pytest.approx(
-            line["part_n_computed_tokens"] / whole["n_computed_tokens"], rel=0.25
-        )
-        assert line["seconds"] == pytest.approx(line["part_seconds"] / line["part_share"])
-        assert line["texts_per_second"] == pytest.approx(len(expected) / line["seconds"])
-    with pytest.raises(ContrastRMError, match=r"no part 2 of 2"):
-        main([str(option) for option in [*options, "--parts", 2, "--part", 2]])
 
 
 def test_reduced_precision_scores_are_near(model_dir: Path, line_of: Callable[..., Line], tmp_path: Path) -> None:
@@ -463,26 +422,6 @@ def test_a_setup_names_the_way_out_without_a_python(tmp_path: Path, peer: str) -
     assert not (tmp_path / "venv").exists()
 
 
-def test_growth_measures_packs_beside_padded_rows(model_dir: Path, line_of: Callable[..., Line]) -> None:
-    options = ["--group_sizes", 2, 3, "--prompts", 16, "--n_groups", 1, 2, "--prompt_tokens", 20, "--answer_tokens", 10]
-    for backward in (0, 1):
-        line = line_of(
-            growth.main, "--model_path", model_dir, "--device", "cpu", "--repeats", 1, "--backward", backward, *options
-        )
-        assert [speed_report.grown(point) for point in line["points"]] == [2, 3, 16, 1, 2]
-        assert all(point[f"{way}_seconds_per_group"] > 0 for point in line["points"] for way in ("packed", "padded"))
-    # Two answers of 10 tokens behind 20: 60 tokens apart, 40 together.
-    assert line["points"][0]["ceiling"] == 1.5
-
-
-def test_growth_points_hold_what_they_say() -> None:
-    point = growth.Point("answers of a group", n_groups=2, answers=3, prompt_tokens=20, answer_tokens=10)
-    sequences = point.sequences(vocabulary=10_000)
-    assert [len(ids) for ids in sequences] == [30] * 6
-    assert build_pack(sequences).layout.n_tokens * point.ceiling == 6 * 30
-    assert sequences == point.sequences(vocabulary=10_000)
-
-
 @pytest.fixture(scope="module")
 def compared(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A scoring suite of three peers, one round, each a process of its own; its folder and its command line."""
@@ -490,7 +429,7 @@ def compared(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     options = ["--model_path", model_dir, "--device", "cpu", "--threads", 1, "--rounds", 1, "--seconds", 0.002]
     options += ["--files", EVAL / "length_bias.jsonl", "--percent", 20, "--output_dir", folder]
     options += ["--results_dir", folder / "results", "--peers"]
-    options += ["gemm", "original_loop", "ours.shared", "ours.profiled"]
+    options += ["gemm", "original_loop", "ours.shared"]
     arguments = ["scoring-bf16", *map(str, options)]
     assert speed.main(arguments) == 0
     return folder, arguments
@@ -500,10 +439,10 @@ def test_a_suite_runs_every_peer_once_a_round_and_writes_its_table(compared: tup
     folder, _ = compared
     lines = speed.read_lines(folder / "scoring-bf16.jsonl")
     assert [(line["run"], line["round"]) for line in lines] == [
-        (name, 0) for name in ("gemm", "original_loop", "ours.shared", "ours.profiled")
+        (name, 0) for name in ("gemm", "original_loop", "ours.shared")
     ]
     assert all(line["machine"]["threads"] == 1 for line in lines)
-    gemm, original, shared, profiled = lines
+    gemm, original, shared = lines
     assert (folder / "results" / "scoring-bf16.jsonl").read_bytes() == (folder / "scoring-bf16.jsonl").read_bytes()
     table = (folder / "results" / "scoring-bf16.md").read_text()
     assert "Not run: pipeline, sorted_padded, ours.off, ours.packed." in table
@@ -514,82 +453,11 @@ def test_a_suite_runs_every_peer_once_a_round_and_writes_its_table(compared: tup
     rate = shared["useful_flops"] / shared["seconds"] / 1e9
     fastest = max(entry["layer_gflops"] for entry in gemm["rates"] if entry["dtype"] == "bfloat16")
     assert cells[6] == f"{100 * rate / fastest:.0f} %"
-    # The profiled run is a section of its own; its kinds add up to what the clock said.
-    assert not any(line.startswith("| ours, under the profiler") for line in table.splitlines())
-    kinds = profiled["seconds_by_kind"]
-    assert sum(kinds.values()) == pytest.approx(profiled["seconds"], rel=0.1)
-    assert min(kinds["matrix multiplication"], kinds["attention"], kinds["other operators"]) > 0 == kinds["optimizer"]
-    assert f"| attention | {kinds['attention']:.3g} |" in table
-    flops = 2 * profiled["n_parameters"] * profiled["n_computed_tokens"]
-    assert f"{100 * flops / kinds['matrix multiplication'] / 1e9 / fastest:.0f} % of their rate alone" in table
     assert 0 < (folder / "results" / "scoring-bf16.svg").stat().st_size < 200_000
     # The committed files name no place of this machine.
     assert not any(
         str(place) in path.read_text() for path in (folder / "results").iterdir() for place in (REPO_ROOT, folder)
     )
-
-
-def test_a_suite_in_parts_goes_on_with_the_next_part(
-    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = [
-        "--model_path",
-        model_dir,
-        "--device",
-        "cpu",
-        "--threads",
-        1,
-        "--parts",
-        2,
-        "--max_tokens_per_batch",
-        512,
-    ]
-    options += ["--files", EVAL / "length_bias.jsonl", "--percent", 30, "--output_dir", tmp_path]
-    options += ["--results_dir", tmp_path, "--peers", "original_loop", "ours.shared", "ours.profiled"]
-    arguments = ["scoring-bf16", *map(str, options)]
-    for rounds in ("1", "2"):
-        assert speed.main([*arguments, "--rounds", rounds]) == 0
-        table = (tmp_path / "scoring-bf16.md").read_text()
-        assert f"{rounds} of 2 parts: every round computed other batches" in table
-        # Half of the texts has a mean of its own.
-        cells = next(line for line in table.splitlines() if line.startswith("| original loop")).split("|")
-        assert (cells[-2].strip() == "–") == (rounds == "1")
-    lines = speed.read_lines(tmp_path / "scoring-bf16.jsonl")
-    assert [(line["run"], line["part"]) for line in lines] == [
-        (name, part) for part in (0, 1) for name in ("original_loop", "ours.shared", "ours.profiled")
-    ]
-    for name in ("original_loop", "ours.shared"):
-        mine = [line for line in lines if line["run"] == name]
-        assert sum(line["part_n_texts"] for line in mine) == mine[0]["n_texts"]
-        assert len({line["n_computed_tokens"] for line in mine}) == 1
-    # All parts together are all texts: the ratio of the whole is that of the seconds added up.
-    seconds = {
-        name: sum(line["part_seconds"] for line in lines if line["run"] == name)
-        for name in ("original_loop", "ours.shared")
-    }
-    ours = next(line for line in table.splitlines() if line.startswith("| ours, packed with shared")).split("|")
-    assert float(ours[4]) == pytest.approx(seconds["original_loop"] / seconds["ours.shared"], abs=0.006)
-    n_texts = lines[0]["n_texts"]
-    assert float(ours[2]) == pytest.approx(n_texts / seconds["ours.shared"], rel=0.006)
-    assert "Our default against original_loop: with the measured rounds drawn again" in table
-    profiled = [line for line in lines if line["run"] == "ours.profiled"]
-    for line in profiled:
-        assert sum(line["seconds_by_kind"].values()) == pytest.approx(line["part_seconds"], rel=0.1)
-    with pytest.raises(ContrastRMError, match=r"--rounds 3: there are only 2 parts"):
-        speed.main([*arguments, "--rounds", "3"])
-    with pytest.raises(ContrastRMError, match=r"--device cuda:1: every run sees one GPU only"):
-        speed.main([*arguments, "--device", "cuda:1"])
-
-
-def test_a_training_profile_knows_the_optimizer(
-    model_dir: Path, train_files: dict[str, Path], line_of: Callable[..., Line]
-) -> None:
-    options = ["train", "--model_path", model_dir, "--device", "cpu", "--train_file", train_files["groups"]]
-    options += ["--precision", "bfloat16", "--max_length", 1500]
-    line = line_of(ours.main, *options, "--groups_per_step", 2, "--steps", 1, "--profile", 1)
-    kinds = line["seconds_by_kind"]
-    assert min(kinds.values()) >= 0 < min(kinds[kind] for kind in ("optimizer", "attention", "matrix multiplication"))
-    assert sum(kinds.values()) == pytest.approx(line["seconds"], rel=0.1)
 
 
 def test_a_stopped_suite_goes_on_where_it_was(compared: tuple[Path, list[str]], tmp_path: Path) -> None:
@@ -630,14 +498,14 @@ def test_a_peer_that_cannot_run_is_named_and_tried_again(
     options += ["--input_file", REPO_ROOT / "data/train-unified-feedback/own_sample.jsonl", "--groups_per_step", 2]
     options += ["--max_length", 1500, "--output_dir", tmp_path, "--results_dir", tmp_path / "results", "--peers", "trl"]
     for _ in range(2):
-        assert speed.main(["training-pairs-fp32", *map(str, options)]) == 1
+        assert speed.main(["training-pairs-bf16", *map(str, options)]) == 1
         assert "TRL's environment is not installed: bash benchmarks/setup_trl.sh" in capsys.readouterr().err
-    table = (tmp_path / "results" / "training-pairs-fp32.md").read_text()
-    row = next(line for line in table.splitlines() if line.startswith("| TRL, float32"))
+    table = (tmp_path / "results" / "training-pairs-bf16.md").read_text()
+    row = next(line for line in table.splitlines() if line.startswith("| TRL, autocast"))
     assert "not measured" in row and "setup_trl.sh" in row
-    lines = speed.read_lines(tmp_path / "training-pairs-fp32.jsonl")
-    assert ["failed" in line for line in lines] == [True, True]
-    assert len(speed_report.latest_of_each(lines)) == 1
+    lines = speed.read_lines(tmp_path / "training-pairs-bf16.jsonl")
+    assert all("failed" in line for line in lines) and len(lines) == 2 * 2
+    assert len(speed_report.latest_of_each(lines)) == 2
 
 
 @pytest.mark.parametrize("when", ["its peer is being started", "its peer computes"])
@@ -709,11 +577,22 @@ def test_every_baseline_that_came_to_an_end_is_compared_with() -> None:
 
 
 def test_ratios_are_taken_within_rounds() -> None:
-    assert speed_report.ratio_within_rounds({0: 2.0, 1: 9.0}, {0: 1.0, 1: 3.0, 2: 50.0}) == 2.5
-    assert speed_report.ratio_within_rounds({0: 2.0}, {1: 1.0}) is None
+    def measured(run: str, rates: dict[int, float], pairs_per_group: int = 1) -> list[Line]:
+        return [
+            {
+                "kind": "training",
+                "run": run,
+                "round": number,
+                "groups_per_second": rate,
+                "pairs_per_group": pairs_per_group,
+            }
+            for number, rate in rates.items()
+        ]
+
     # Three pairs of TRL's make one group of four.
-    line = {"kind": "training", "run": "trl.float32", "round": 0, "groups_per_second": 6.0, "pairs_per_group": 3}
-    assert speed_report.rounds_of([line], "trl.float32") == {0: 2.0}
+    lines = measured("ours.shared", {0: 2.0, 1: 9.0}) + measured("trl.autocast", {0: 3.0, 1: 9.0, 2: 150.0}, 3)
+    assert speed_report.times_faster(lines, "ours.shared", "trl.autocast") == 2.5
+    assert speed_report.times_faster(lines, "ours.shared", "pipeline") is None
 
 
 def test_every_training_suite_gives_all_peers_the_same_work(model_dir: Path, tmp_path: Path) -> None:
@@ -722,11 +601,12 @@ def test_every_training_suite_gives_all_peers_the_same_work(model_dir: Path, tmp
         model_path=model_dir, work_dir=tmp_path, input_file=records, max_length=4000, groups_per_step=2, steps=1
     )
     parsers = {"original_loop": "train", "sorted_padded": "train", "ours": "train"}
-    for name, answers, modes in (("training-pairs-bf16", 2, 2), ("training-groups4-fp32", 4, 1)):
+    modes = 2
+    for name, answers in (("training-pairs-bf16", 2), ("training-groups4-bf16", 4)):
         suite = suites.build_suite(name, options)
         names = [run.name for run in suite.runs]
-        # Ours: padded, packed, shared, and shared under the profiler.
-        assert len(set(names)) == len(names) == 1 + 2 * modes + (modes if answers == 2 else 0) + 4
+        # Ours: padded, packed, shared.
+        assert len(set(names)) == len(names) == 1 + 2 * modes + (modes if answers == 2 else 0) + 3
         assert sum(one.startswith("trl") for one in names) == (modes if answers == 2 else 0)
         files = {run.arguments[run.arguments.index("--train_file") + 1] for run in suite.runs if run.name != "gemm"}
         (file,) = files

@@ -57,9 +57,8 @@ def main(argv: list[str] | None = None) -> int:
 
         run_training("original_loop", split, **options, micro_batch_size=size)
     else:
-        batch_size = options["batch_size"]
-        batches, plan = (partial(way, batch_size=batch_size) for way in (batches_in_file_order, in_order))
-        run_scoring("original_loop", batches, plan, **options)
+        batches = partial(batches_in_file_order, batch_size=options["batch_size"])
+        run_scoring("original_loop", batches, **options)
     return 0
 
 

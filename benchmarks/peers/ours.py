@@ -32,9 +32,7 @@ from benchmarks.common import (
     write_line,
 )
 from benchmarks.padded import add_scoring_arguments, read_asked_texts, scoring_fields
-from benchmarks.parts import choose_part
-from benchmarks.profiling import Profile
-from codes.common.chat import ChatFormatter, EncodedText
+from codes.common.chat import ChatFormatter
 from codes.common.cli import natural, run
 from codes.common.errors import ContrastRMError
 from codes.common.fused import resolve_fused_kernels
@@ -172,7 +170,6 @@ def run_training(
     temperature: float,
     packing: str,
     max_tokens_per_batch: int,
-    profile: int,
 ) -> None:
     """Train on the groups of a file in its order, and write the JSON line.
 
@@ -209,10 +206,9 @@ def run_training(
         # It goes on where it stopped.
         trainer.plan = plan
         memory.reset()
-        with Profile(bool(profile), place) as profiled:
-            compiled_before, begin = n_compiled(), now(place)
-            trainer.train()
-            seconds = now(place) - begin
+        compiled_before, begin = n_compiled(), now(place)
+        trainer.train()
+        seconds = now(place) - begin
         peak = memory.fields()
         compiled = n_compiled() - compiled_before
     timed = [trainer.groups[index] for step in plan[warmup_steps:] for index in step]
@@ -238,7 +234,6 @@ def run_training(
         "max_tokens_per_batch": budget,
         "micro_steps": trainer.accelerator.gradient_accumulation_steps,
         "n_compiled_while_timed": compiled,
-        **profiled.fields(seconds),
     }
     result = training_fields(
         seconds=seconds,
@@ -267,11 +262,8 @@ def run_scoring(
     percent: float,
     seed: int,
     scores_file: str | None,
-    part: int,
-    parts: int,
     packing: str,
     max_tokens_per_batch: int,
-    profile: int,
 ) -> None:
     """Score the texts of files, and write the JSON line; the time runs from the conversations to the scores.
 
@@ -291,25 +283,12 @@ def run_scoring(
     plan = plan_packs([text.input_ids for text in distinct], scorer.max_tokens_per_batch)
     packs = [build_pack([distinct[index].input_ids for index in batch]) for batch in plan]
     flops = packs_flops(model_path, packs)
-    positions: dict[EncodedText, list[int]] = {}
-    for position, text in enumerate(encoded):
-        positions.setdefault(text, []).append(position)
-    mine = choose_part(
-        [[place for index in batch for place in positions[distinct[index]]] for batch in plan],
-        [pack.layout.n_tokens for pack in packs],
-        flops,
-        part=part,
-        parts=parts,
-        seed=seed,
-    )
-    conversations = [texts.conversations[index] for index in mine.positions]
     scorer.score(texts.conversations[:1])  # the first call sets things up
     memory = PeakMemory(place)
     memory.reset()
-    with Profile(bool(profile), place) as profiled:
-        begin = now(place)
-        found = scorer.score(conversations)
-        seconds = now(place) - begin
+    begin = now(place)
+    found = scorer.score(texts.conversations)
+    seconds = now(place) - begin
     peak = memory.fields()
     result = {
         "scores": found.scores.tolist(),
@@ -317,7 +296,7 @@ def run_scoring(
         "n_computed_tokens": found.n_computed_tokens,
         "n_distinct_tokens": found.n_tokens,
         **peak,
-        **flops_fields(sum(flops), seconds / mine.share),
+        **flops_fields(sum(flops), seconds),
     }
     fields = {
         "peer": "ours",
@@ -326,8 +305,7 @@ def run_scoring(
         "packing": scorer.packing,
         "fused_kernels": fused_kernels,
         "max_tokens_per_batch": scorer.max_tokens_per_batch,
-        **scoring_fields(result, texts, sum(len(text.input_ids) for text in encoded), scores_file, mine),
-        **profiled.fields(seconds),
+        **scoring_fields(result, texts, sum(len(text.input_ids) for text in encoded), scores_file),
     }
     write_line(fields | model_fields(model_path), output_file)
 
@@ -343,7 +321,6 @@ def build_parser() -> argparse.ArgumentParser:
         task.add_argument(
             "--max_tokens_per_batch", type=natural, default=0, help="computed tokens at once; 0: what suits the device"
         )
-        task.add_argument("--profile", type=int, choices=(0, 1), default=0, help="1: where the time goes, by kind")
         if name == "train":
             task.add_argument("--temperature", type=float, default=0.5, help="1 makes pairs comparable with TRL's loss")
     return parser

@@ -15,7 +15,6 @@ from benchmarks.common import PeakMemory, model_fields, now, write_line
 from benchmarks.padded import (
     PlainModel,
     add_scoring_arguments,
-    choose_padded_part,
     in_order,
     load_plain_model,
     read_asked_texts,
@@ -57,16 +56,13 @@ def main(argv: list[str] | None = None) -> int:
     texts = read_asked_texts(args.files, args.percent, args.seed)
     plain = load_plain_model(args.model_path, precision=args.precision, device=args.device)
     lengths = [len(row) for row in plain.tokenize(plain.render(texts.conversations))]
-    batches = in_order(lengths, args.batch_size)
-    mine = choose_padded_part(args.model_path, lengths, batches, part=args.part, parts=args.parts, seed=args.seed)
-    conversations = [texts.conversations[index] for index in mine.positions]
-    result = score_with_pipeline(plain, conversations, args.batch_size)
+    result = score_with_pipeline(plain, texts.conversations, args.batch_size)
     fields = {
         "peer": "pipeline_scoring",
         "precision": args.precision,
         "device": str(plain.device),
         "batch_size": args.batch_size,
-        **scoring_fields(result, texts, sum(lengths), args.scores_file, mine),
+        **scoring_fields(result, texts, sum(lengths), args.scores_file),
     }
     write_line(fields | model_fields(args.model_path), args.output_file)
     return 0

@@ -33,17 +33,12 @@ def sorted_step(positions: Sequence[int], groups: Sequence[TokenGroup], max_toke
     return [[positions[place] for place in batch] for batch in batches]
 
 
-def sorted_plan(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Texts of similar length under the budget."""
-    return token_budget_batches([1] * len(lengths), lengths, max_tokens)
-
-
 def sorted_batches(
     plain: PlainModel, rendered: Sequence[str], max_tokens: int
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
     """All texts tokenised, then batches of similar length under the budget."""
     rows = plain.tokenize(rendered)
-    for batch in sorted_plan([len(row) for row in rows], max_tokens):
+    for batch in token_budget_batches([1] * len(rows), [len(row) for row in rows], max_tokens):
         yield batch, plain.pad([rows[index] for index in batch])
 
 
@@ -57,8 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.pop("task") == "train":
         run_training("sorted_padded", partial(sorted_step, max_tokens=max_tokens), **options)
     else:
-        batches, plan = (partial(way, max_tokens=max_tokens) for way in (sorted_batches, sorted_plan))
-        run_scoring("sorted_padded", batches, plan, **options)
+        run_scoring("sorted_padded", partial(sorted_batches, max_tokens=max_tokens), **options)
     return 0
 
 
