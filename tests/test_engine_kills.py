@@ -1,4 +1,4 @@
-"""Kill -9 at random moments of a whole step; ``python -m benchmarks.engine_kills --kills 50`` is the long form."""
+"""Kill -9 at random moments of a whole step; ``python -m benchmarks.kills construction --kills 50`` is the long form."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ REPO_ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes() -> None:
-    command = [sys.executable, "-m", "benchmarks.engine_kills", "--kills", "4", "--records", "60"]
+    command = [sys.executable, "-m", "benchmarks.kills", "construction", "--kills", "4", "--rows", "60"]
     environment = os.environ | {"PYTHONPATH": str(REPO_ROOT)}
     done = subprocess.run(command, cwd=REPO_ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(done.stdout)
-    assert result["files_equal"] == {"output": True, "failed": True}
-    assert result["n_recorded_requests_sent_again"] == 0 and result["n_distinct_requests"] == 60
-    # Each kill may cost the eight calls in flight, and some did cost something.
-    assert 60 <= result["n_requests_sent"] <= 60 + 4 * 8
-    assert max(result["n_recorded_at_kills"]) > 0
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["differences"] == {"files_that_differ": [], "n_recorded_requests_sent_again": 0}
+    assert result["n_distinct_requests"] == 60 and result["n_kills"] == sum(result["kills_met"].values()) == 4
+    # Sent once by the undisturbed run and once by the killed one; each kill may cost the eight calls in flight.
+    assert 120 <= result["n_requests_sent"] <= 120 + 4 * 8
+    assert result["kills_met"]["calls"] > 0
