@@ -22,13 +22,26 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Reply:
-    """What goes over the wire. ``sent`` < 1: the connection closes after that share of it; 0: a reset."""
+    """What goes over the wire.
+
+    Attributes:
+        sent: Share of the body after which the connection closes; 0: a reset.
+        seconds: Before the first byte.
+        length: The content-length, where it is not the body's.
+        byte_seconds: Before each byte of the body.
+        extra: Bytes that nobody asked for, behind the body; the connection stays open.
+        extra_after: Waits for it before ``extra`` is sent.
+    """
 
     body: bytes
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     sent: float = 1.0
     seconds: float = 0.0
+    length: int | None = None
+    byte_seconds: float = 0.0
+    extra: bytes = b""
+    extra_after: threading.Event | None = None
 
 
 _WORDS = tuple(
@@ -60,7 +73,7 @@ def _json(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
-def message(content: str | None, finish_reason: str = "stop", **more: Any) -> dict[str, Any]:
+def message(content: str | None, finish_reason: str | None = "stop", **more: Any) -> dict[str, Any]:
     """The JSON of a completion."""
     return {
         "id": "chatcmpl-1",
@@ -78,7 +91,7 @@ def message(content: str | None, finish_reason: str = "stop", **more: Any) -> di
     }
 
 
-def answer(text: str | None, finish_reason: str = "stop", *, seconds: float = 0.0, **more: Any) -> Reply:
+def answer(text: str | None, finish_reason: str | None = "stop", *, seconds: float = 0.0, **more: Any) -> Reply:
     """A completion; ``None``, an empty text and odd finish reasons are the caller's choice."""
     return Reply(_json(message(text, finish_reason, **more)), seconds=seconds)
 
@@ -114,6 +127,17 @@ def hang() -> Reply:
     return Reply(b"", seconds=600.0)
 
 
+def whole_response(text: str) -> bytes:
+    """The bytes of a complete HTTP response with an answer, for ``Reply.extra``."""
+    body = _json(message(text))
+    return b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+
+
+def redirect(location: str, status: int = 307) -> Reply:
+    """Away to another address."""
+    return Reply(b"", status, {"location": location})
+
+
 # What goes wrong with real servers -> the reply, and the reason that a request must end with where it never
 # goes right. Every text says LEAK: it must not be found in an output.
 FAULTS: dict[str, tuple[Callable[[], Reply], str]] = {
@@ -129,7 +153,28 @@ FAULTS: dict[str, tuple[Callable[[], Reply], str]] = {
     "empty content": (lambda: answer(" \n"), "empty_answer"),
     "content filter": (lambda: answer("LEAK half a sentence", "content_filter"), "content_filter"),
     "length": (lambda: answer("LEAK cut off at the lim", "length"), "cut_off"),
+    "abort": (lambda: answer("LEAK half an answer", "abort"), "unfinished"),
+    "safety": (lambda: answer("LEAK half a sentence", "safety"), "content_filter"),
+    "error in a choice": (lambda: Reply(_json(_choice_with_error())), "http_502"),
+    "extra response": (lambda: Reply(b"busy", 503, extra=whole_response("LEAK of another prompt")), "http_503"),
+    "length too large": (lambda: Reply(_json(message("LEAK waits")), length=9999), "timeout"),
+    "charset": (lambda: _in_charset("utf-16"), "invalid_body"),
+    "unknown charset": (lambda: _in_charset("klingon"), "invalid_body"),
+    "odd code": (lambda: error_in_200("\u00b2", "LEAK"), "error_body"),
+    "huge code": (lambda: error_in_200(10**400, "LEAK"), "error_body"),
+    "wrong shape": (lambda: Reply(_json(message({"LEAK": 1e39}))), "wrong_shape"),  # type: ignore[arg-type]
+    "drip": (lambda: Reply(_json(message("LEAK drop by drop")), byte_seconds=0.2), "timeout"),
 }
+
+
+def _in_charset(name: str) -> Reply:
+    return Reply(b"\xfe\x81LEAK\xff", 200, {"content-type": f"application/json; charset={name}"})
+
+
+def _choice_with_error() -> dict[str, Any]:
+    body = message("LEAK half an answer", "error")
+    body["choices"][0]["error"] = {"code": 502, "message": "upstream died"}
+    return body
 
 
 def choose_fault(body: dict[str, Any], attempt: int, *, share: float, cursed_share: float = 0.0) -> str | None:
@@ -147,11 +192,13 @@ class ChatServer:
     Attributes:
         requests: JSON bodies in the order of arrival.
         arrivals: Seconds (monotonic) of each arrival.
+        extra_is_sent: Set once a ``Reply.extra`` that waited is on its way.
         max_in_flight: The largest number of requests at one time.
         authorizations: The Authorization headers seen.
     """
 
     def __init__(self, reply: ReplyFunction, *, port: int = 0) -> None:
+        """Take the port; 0: a free one. A second server on the port of an ended one is the same server to a ledger."""
         self._reply = reply
         self._lock = threading.Lock()
         self._attempts: Counter[str] = Counter()
@@ -161,7 +208,9 @@ class ChatServer:
         self.arrivals: list[float] = []
         self.authorizations: set[str] = set()
         self.max_in_flight = 0
+        self.extra_is_sent = threading.Event()
         self._server = _Server(("127.0.0.1", port), self._handler_class())
+        self.port = self._server.server_port
         self.base_url = f"http://127.0.0.1:{self._server.server_port}/v1"
 
     def __enter__(self) -> ChatServer:
@@ -195,9 +244,13 @@ class ChatServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # 40 ms an answer otherwise
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                if owner._closing.is_set():  # an ended server answers on no connection that is still open
+                    self.close_connection = True
+                    return
                 attempt = owner._arrive(body, self.headers.get("authorization", ""))
                 try:
                     reply = (
@@ -219,10 +272,21 @@ class ChatServer:
                 self.send_response(reply.status)
                 for name, value in {"content-type": "application/json", **reply.headers}.items():
                     self.send_header(name, value)
-                self.send_header("content-length", str(len(reply.body)))
+                self.send_header("content-length", str(len(reply.body) if reply.length is None else reply.length))
                 self.end_headers()
-                self.wfile.write(reply.body[: int(len(reply.body) * reply.sent)])
-                self.wfile.flush()
+                if reply.byte_seconds:
+                    for number in range(len(reply.body)):
+                        owner._closing.wait(reply.byte_seconds)
+                        self.wfile.write(reply.body[number : number + 1])
+                    return
+                body = reply.body[: int(len(reply.body) * reply.sent)]
+                if reply.extra_after is None:
+                    self.wfile.write(body + reply.extra)
+                else:
+                    self.wfile.write(body)
+                    reply.extra_after.wait(60)
+                    self.wfile.write(reply.extra)
+                    owner.extra_is_sent.set()
                 if reply.sent < 1:
                     self.close_connection = True
 

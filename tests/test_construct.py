@@ -246,12 +246,12 @@ def test_a_repeated_run_asks_only_what_failed_and_counts_nothing_twice(tmp_path:
     with ChatServer(faulty) as server:
         gptout.main(flags(server, tmp_path, "in.jsonl", "out.jsonl", max_new_tokens=64))
     first = (tmp_path / "work" / "failed.jsonl").read_text()
-    with ChatServer(write_well) as server:
+    with ChatServer(write_well, port=server.port) as server:
         gptout.main(flags(server, tmp_path, "in.jsonl", "out.jsonl", max_new_tokens=64))
     # 500 and half a body may pass; what no attempt can mend is asked again on demand alone.
     assert len(server.requests) == 4
     assert len(read_rows(tmp_path / "work" / "failed.jsonl")) == 14 < len(first.splitlines())
-    with ChatServer(write_well) as server:
+    with ChatServer(write_well, port=server.port) as server:
         gptout.main([*flags(server, tmp_path, "in.jsonl", "out.jsonl", max_new_tokens=64), "--retry_failed"])
     # Null content, 400, content filter, refusal by field, and what the token limit cut.
     assert len(server.requests) == 10

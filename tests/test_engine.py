@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
@@ -33,8 +34,17 @@ from codes.common.llm import (
     Outcome,
     RetriableError,
     RowError,
+    Usage,
 )
-from codes.common.llm_limits import BREAKER_CALLS, BREAKER_REFUSALS, Gate, Need
+from codes.common.llm_limits import (
+    BREAKER_CALLS,
+    BREAKER_REFUSALS,
+    DECREASE_FACTOR,
+    OUTAGE_FAILURES,
+    Breaker,
+    Gate,
+    Need,
+)
 from codes.construct import api as construct_api
 from codes.construct.work_dir import request_failure
 
@@ -213,7 +223,7 @@ def test_row_failures_are_recorded_and_asked_again_on_demand(tmp_path: Path) -> 
         row = request_failure("id", "step", outcome, bias="length")
         assert (row["error_class"], row["attempts"], row["bias"]) == (error_class, attempts, "length")
         assert row["reason"] == outcome.reason and row["message"] == str(outcome)
-    with ChatServer(echo) as server:
+    with ChatServer(echo, port=server.port) as server:
         mended = run(server, tmp_path, [*texts, *texts], retry_failed=True)
         assert len(server.requests) == 5
         assert texts_of(mended) == 2 * [f"to {text}" for text in texts]
@@ -224,8 +234,13 @@ def test_row_failures_are_recorded_and_asked_again_on_demand(tmp_path: Path) -> 
 def test_a_failure_that_is_asked_again_and_fails_again_is_asked_once(tmp_path: Path) -> None:
     with ChatServer(lambda body, attempt: error(400, "bad")) as server:
         run(server, tmp_path, ["a"])
-        outcomes = run(server, tmp_path, ["a", "b", "a"], retry_failed=True, concurrency=1)
-    assert texts_of(outcomes) == 3 * ["http_400"] and len(server.requests) == 3
+        assert len(server.requests) == 1
+        with Ledger(tmp_path / "ledger.jsonl") as ledger:
+            engine = make_engine(server, ledger, retry_failed=True)
+            # The second stream begins when the first one's failure is in the ledger again.
+            for texts in (["a", "b"], ["a", "b"]):
+                assert texts_of(list(engine.stream(make_request(text) for text in texts))) == 2 * ["http_400"]
+    assert sorted(body["messages"][0]["content"] for body in server.requests) == ["a", "a", "b"]
 
 
 def test_a_fatal_error_stops_calls_in_flight_within_a_second(tmp_path: Path) -> None:
@@ -270,6 +285,16 @@ def test_wrong_settings_stop_the_run_and_not_every_row(tmp_path: Path) -> None:
     assert BREAKER_REFUSALS <= len(server.requests) <= BREAKER_REFUSALS + 4
 
 
+def test_refusals_between_answers_stop_nothing(tmp_path: Path) -> None:
+    def respond(body: dict[str, Any], attempt: int) -> Reply:
+        return error(400, "no") if int(body["messages"][0]["content"]) % 3 else echo(body, attempt)
+
+    n = 3 * BREAKER_REFUSALS
+    with ChatServer(respond) as server:
+        outcomes = run(server, tmp_path, list(range(n)), concurrency=1)
+    assert [isinstance(outcome, RowError) for outcome in outcomes] == [bool(number % 3) for number in range(n)]
+
+
 def test_a_network_that_goes_and_comes_back_costs_no_row(tmp_path: Path) -> None:
     port = 0
 
@@ -312,20 +337,71 @@ def test_concurrency_falls_under_overload_and_recovers(tmp_path: Path) -> None:
     assert lowest < 16 and recovered > lowest and recovered <= 32 and server.max_in_flight <= 32
 
 
-def test_retry_after_is_honoured_by_all_workers(tmp_path: Path) -> None:
-    refused_at: list[float] = []
+def test_a_burst_of_refusals_lowers_concurrency_once(tmp_path: Path) -> None:
+    all_have_come = threading.Barrier(8)
 
     def respond(body: dict[str, Any], attempt: int) -> Reply:
-        if body["messages"][0]["content"] == "5" and attempt == 1:
-            refused_at.append(time.monotonic())
-            return error(429, "wait", retry_after="0.7")
-        return answer("x", seconds=0.02)
+        all_have_come.wait(PATIENCE)
+        return error(429, "slow down")
 
-    with ChatServer(respond) as server:
-        run(server, tmp_path, list(range(60)), concurrency=4)
-    # From when the refusal is on its way (0.1 s is a long way on localhost) nothing arrives.
-    quiet = [at for at in server.arrivals if refused_at[0] + 0.1 < at < refused_at[0] + 0.65]
-    assert not quiet and len(server.requests) == 61
+    with ChatServer(respond) as server, Ledger(tmp_path / "ledger.jsonl") as ledger:
+        engine = make_engine(server, ledger, concurrency=8, max_attempts=1)
+        outcomes = list(engine.stream(make_request(number) for number in range(8)))
+        assert texts_of(outcomes) == 8 * ["rate_limit"]
+        assert engine._gate.limit == pytest.approx(8 * DECREASE_FACTOR)
+
+
+@pytest.mark.parametrize(
+    ("reply", "n_failures_before"),
+    [(error(429, "wait", retry_after="60"), 0), (error(503, "down"), OUTAGE_FAILURES - 1)],
+    ids=["retry-after", "outage"],
+)
+def test_the_pause_of_one_request_is_everybodys(reply: Reply, n_failures_before: int) -> None:
+    """After one request's failure the gate lets nobody in, not even requests that have not failed."""
+
+    async def lets_in_at_once(gate: Gate) -> bool:
+        task = asyncio.create_task(gate.enter(2, Need.of(["x"], 5)))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        is_in = task.done()
+        task.cancel()
+        return is_in
+
+    async def scenario(server: ChatServer) -> None:
+        gate, breaker = Gate(concurrency=4, budget=Budget()), Breaker()
+        for _ in range(n_failures_before):
+            breaker.fail(RetriableError("down", reason="http_503"))
+        assert await lets_in_at_once(gate)
+        client = LlmClient(api_key=KEY, base_url=server.base_url, first_wait_seconds=60.0)
+        async with client:
+            asking = asyncio.create_task(client.complete(make_request("a"), gate=gate, breaker=breaker, order=1))
+            while not breaker._reasons.total() > n_failures_before:
+                await asyncio.sleep(0.01)
+            assert not await lets_in_at_once(gate) and not asking.done()
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+
+    with ChatServer(lambda body, attempt: reply) as server:
+        asyncio.run(scenario(server))
+    assert len(server.requests) == 1
+
+
+def test_a_call_that_was_called_off_before_it_was_sent_costs_nothing() -> None:
+    async def scenario() -> Budget:
+        budget = Budget(max_requests=2)
+        gate = Gate(concurrency=1, budget=budget)
+        permit = await gate.enter(1, Need.of(["x"], 5))
+        waiting = asyncio.create_task(gate.enter(2, Need.of(["x"], 5)))
+        await asyncio.sleep(0)
+        gate.leave(permit, Usage(3, 2))  # lets the other one in, which does not know it yet
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        assert waiting.cancelled() and budget.spent.n_calls == 1
+        assert (budget.spent.prompt_tokens, budget.spent.completion_tokens) == (3, 2)
+        await gate.enter(3, Need.of(["x"], 5))  # its place and its share of the budget are free again
+        return budget
+
+    assert asyncio.run(scenario()).spent.n_calls == 2
 
 
 def test_requests_a_minute(tmp_path: Path) -> None:
@@ -424,7 +500,72 @@ def test_the_offset_table_is_a_dict() -> None:
     assert table.get(b"\xff" * 16) is None
 
 
+SHORT_WRITE = """\
+import hashlib, resource, sys
+from codes.common.errors import ContrastRMError
+from codes.common.llm import Completion, Ledger
+keys = [hashlib.sha256(bytes([n])).hexdigest() for n in range(3)]
+with Ledger(sys.argv[1]) as ledger:
+    ledger.add(keys[0], "m", Completion("first", "stop", 1, 1))
+    full = max(path.stat().st_size for path in ledger.path.parent.iterdir()) + 500
+    resource.setrlimit(resource.RLIMIT_FSIZE, (full, full))
+    for key in keys[1:]:
+        try:
+            ledger.add(key, "m", Completion("x" * 100_000, "stop", 1, 1))
+            print("recorded")
+        except ContrastRMError as error:
+            print(error)
+"""
+
+
+def test_a_line_that_fits_in_part_is_no_line(tmp_path: Path) -> None:
+    """The disk takes the first half of an answer: that is an error, and the next run finds what was whole."""
+    command = [sys.executable, "-c", SHORT_WRITE, str(tmp_path / "ledger.jsonl")]
+    done = subprocess.run(
+        command, cwd=REPO_ROOT, env=os.environ | {"PYTHONPATH": str(REPO_ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stderr == ""
+    assert len(done.stdout.splitlines()) == 2 and all("make room" in line for line in done.stdout.splitlines())
+    keys = [hashlib.sha256(bytes([n])).hexdigest() for n in range(3)]
+    with Ledger(tmp_path / "ledger.jsonl") as ledger:
+        assert ledger.get(keys[0]) == Completion("first", "stop", 1, 1)
+        assert ledger.get(keys[1]) is None and ledger.get(keys[2]) is None and len(ledger) == 1
+
+
+def test_threads_that_share_a_ledger_get_what_they_recorded(tmp_path: Path) -> None:
+    wrong: list[int] = []
+
+    def use(number: int) -> None:
+        for turn in range(200):
+            key = hashlib.sha256(f"{number} {turn}".encode()).hexdigest()
+            ledger.add(key, "m", Completion(f"{number} {turn}", "stop", 1, 1))
+            wrong.extend([number] * (ledger.get(key) != Completion(f"{number} {turn}", "stop", 1, 1)))
+
+    with Ledger(tmp_path / "ledger.jsonl") as ledger:
+        threads = [threading.Thread(target=use, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong and len(ledger) == 1600
+
+
 # --- the command line
+
+
+def test_a_step_says_what_came_from_the_ledger(
+    parse: Callable[..., construct_api.Api], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ChatServer(echo) as server:
+        for n, n_known in ((3, 0), (5, 3), (5, 5)):
+            api = parse("--api_base_url", server.base_url)
+            with api.ledger:
+                # What this run has asked itself is no answer of an earlier one.
+                assert len(api.ask([*prompts(n), *prompts(n)], "texts")) == 2 * n
+            assert api.summary()["n_from_ledger"] == 2 * n_known
+            assert f"{n - n_known} calls sent" in (said := capsys.readouterr().err)
+            assert f"{2 * n_known} answers from the ledger" in said
+    assert len(server.requests) == 5
 
 
 @pytest.fixture
@@ -491,6 +632,7 @@ def test_exit_code_and_summary_of_a_step(
     assert api.summary() == {
         "n_requests": 5,
         "n_answers": 4,
+        "n_from_ledger": 0,
         "prompt_tokens": 28,
         "completion_tokens": 12,
         "n_failed_requests": {"http_400": 1},

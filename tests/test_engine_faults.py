@@ -30,7 +30,7 @@ def test_every_request_ends_with_its_answer_or_its_true_reason(tmp_path: Path) -
     sent: dict[str, list[str | None]] = {}
 
     def respond(body: dict[str, Any], attempt: int) -> Reply:
-        fault = choose_fault(body, attempt, share=0.3, cursed_share=0.12)
+        fault = choose_fault(body, attempt, share=0.3, cursed_share=0.18)
         sent.setdefault(body["messages"][-1]["content"], []).append(fault)
         return answer(text_for(body)) if fault is None else FAULTS[fault][0]()
 
@@ -64,7 +64,7 @@ def test_every_request_ends_with_its_answer_or_its_true_reason(tmp_path: Path) -
     assert len(answers) == N - reasons.total() and not any("LEAK" in row["text"] for row in answers)
     # What was recorded is not sent again; what was only unlucky is.
     with (
-        ChatServer(lambda body, attempt: answer(text_for(body))) as server,
+        ChatServer(lambda body, attempt: answer(text_for(body)), port=server.port) as server,
         Ledger(tmp_path / "ledger.jsonl") as ledger,
     ):
         client = LlmClient(api_key=KEY, base_url=server.base_url)

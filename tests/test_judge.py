@@ -579,7 +579,7 @@ def test_nothing_is_lost_or_invented_by_a_server_that_misbehaves(tmp_path: Path)
             return answer(longer(*shown(body)))
         faults_seen.add(fault)
         # A time-out takes as long as it takes: a full server stands in for it here.
-        return error(503, "busy") if fault == "hang" else FAULTS[fault][0]()
+        return error(503, "busy") if FAULTS[fault][1] == "timeout" else FAULTS[fault][0]()
 
     def run_with(server: ChatServer, **more: Any) -> int:
         api = quick_api(server, tmp_path, **more)
@@ -606,7 +606,7 @@ def test_nothing_is_lost_or_invented_by_a_server_that_misbehaves(tmp_path: Path)
         is_read = [all(order["winner"] for order in row["orders"][name]) for name in ("original", "biased")]
         assert [row["original_verdict"] is not None, row["biased_verdict"] is not None] == is_read
     # A healthy server, asked again for what failed and for nothing else.
-    with ChatServer(scripted(longer)) as server:
+    with ChatServer(scripted(longer), port=server.port) as server:
         assert run_with(server, retry_failed=True) == 0
         assert len(server.requests) == n_failed
     share = summary_of(results)["judge"]["overall"]

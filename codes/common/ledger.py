@@ -110,6 +110,7 @@ class Ledger:
         self._lock = files.acquire(f"{self.path}.lock", in_use)
         try:
             self._offsets, self._end = _index(self.path)
+            self._end_at_opening = self._end
             # Unbuffered: what a full disk refuses must not lie in a buffer and come back at the end.
             self._writer = self.path.open("ab", buffering=0)
             self._reader: BinaryIO = self.path.open("rb")
@@ -137,6 +138,12 @@ class Ledger:
             self._reader.seek(offset)
             line = self._reader.readline()
         return _read_row(json.loads(line))
+
+    def is_earlier(self, key: str) -> bool:
+        """Whether an earlier run recorded what stands under a key."""
+        with self._mutex:
+            offset = self._offsets.get(_digest(key))
+        return offset is not None and offset < self._end_at_opening
 
     def add(self, key: str, model: str, outcome: Recorded) -> None:
         """Record an outcome. It survives a kill of this process from here on.

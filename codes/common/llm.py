@@ -15,22 +15,19 @@ import asyncio
 import hashlib
 import json
 import re
-import ssl
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
-import httpx2
-import openai
-from openai import RequestOptions
+import aiohttp
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 from tqdm import tqdm
 
@@ -38,6 +35,7 @@ from codes.common.ledger import Ledger, Recorded
 from codes.common.llm_limits import MAX_OUTAGE_SECONDS, Breaker, Budget, Gate, Need
 from codes.common.llm_outcomes import (
     LIMIT_NAMES,
+    NOT_BILLED,
     ApiError,
     Completion,
     FatalApiError,
@@ -45,9 +43,9 @@ from codes.common.llm_outcomes import (
     RetriableError,
     RowError,
     Usage,
-    classify,
     parse_body,
     raise_final,
+    read_response,
     refused_parameter,
 )
 
@@ -71,8 +69,8 @@ __all__ = [
 
 DEFAULT_BASE_URL = "https://api.openai.com/v1"
 MAX_WAIT_SECONDS = 60.0
-# An empty answer costs a full generation each time, and the fourth is hardly ever better than the third.
-EMPTY_ANSWER_TRIES = 3
+# An empty or unfinished answer costs a full generation each time, and the fourth is hardly ever better than the third.
+PAID_TRIES = 3
 REFUSED_PARAMETER = "refused_parameter"
 # Requests read ahead of the finished ones, per concurrent call: those that wait for a next attempt must not
 # leave places empty.
@@ -81,13 +79,12 @@ READ_AHEAD = 4
 # holds up the output; up to so many others are finished and wait in the ledger meanwhile.
 WINDOW = 64
 
-# Calls to a connection pool: the library looks at every connection of a pool twice a call, which at 256
-# connections costs more than all the rest.
-POOL_PLACES = 8
-# The library would draw a random one for every call and then not send it.
-_NO_RANDOM_KEY: RequestOptions = {"idempotency_key": "unused"}
-
-_KEY_LIKE = re.compile(r"(?i)\b(?:sk|pk|gsk|xai)-[\w*.\-]{6,}|bearer\s+[^\s\"',}]+")
+# Of the whole time-out, what the way to the server may take.
+CONNECT_SECONDS = 30.0
+# Keys as the large providers issue them: a gateway's message may hold the gateway's own.
+_KEY_LIKE = re.compile(
+    r"\b(?:(?i:sk|pk|rk|gsk|xai|nvapi|r8)[-_][\w*.\-]{6,}|hf_\w{20,}|AIza[\w\-]{20,})|(?i:bearer)\s+[^\s\"',}]+"
+)
 
 
 @dataclass(frozen=True)
@@ -132,8 +129,12 @@ def request_key(request: CompletionRequest, endpoint: str) -> str:
     return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def endpoint_of(base_url: str) -> str:
-    """Host and path of the API: not the port, which a local server has a new one of in every run.
+def endpoint_of(base_url: str, *, keep_port: bool = True) -> str:
+    """The address of the API as the ledger knows it: ``api.openai.com/v1``, ``http://127.0.0.1:8000/v1``.
+
+    Args:
+        base_url: Address with scheme; ``https`` and the usual ports are left out of what is returned.
+        keep_port: False for a server that has a new port in every run, and always the same model.
 
     Raises:
         FatalApiError: It is no address of an API.
@@ -143,14 +144,48 @@ def endpoint_of(base_url: str) -> str:
         host, port = parts.hostname, parts.port
     except ValueError:
         host, port, parts = None, None, urlsplit("")
-    del port
     if parts.scheme not in ("http", "https") or not host:
         message = "the API base URL must look like https://host/v1; check --api_base_url or OPENAI_BASE_URL"
         raise FatalApiError(message, reason="bad_base_url")
     if parts.username or parts.password:
         message = "the API base URL must not hold a user name or password; give the key in OPENAI_API_KEY"
         raise FatalApiError(message, reason="bad_base_url")
-    return host + parts.path.rstrip("/")
+    scheme = "http://" if parts.scheme == "http" else ""
+    shown_port = f":{port}" if keep_port and port not in (None, 80 if scheme else 443) else ""
+    return scheme + host + shown_port + parts.path.rstrip("/")
+
+
+def _proxy_of(base_url: str) -> str | None:
+    """The proxy that the environment names for an address; a server on this machine is asked directly.
+
+    Raises:
+        FatalApiError: It is one of a kind that is not spoken here.
+    """
+    parts = urlsplit(base_url)
+    if parts.hostname in ("localhost", "127.0.0.1", "::1") or proxy_bypass(parts.hostname or ""):
+        return None
+    proxies = getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if proxy and "://" not in proxy:
+        proxy = f"http://{proxy}"
+    if proxy and not proxy.lower().startswith(("http://", "https://")):
+        message = (
+            f"the proxy for {parts.hostname} is neither http nor https: set {parts.scheme.upper()}_PROXY to an HTTP proxy, or "
+            "put the host into NO_PROXY"
+        )
+        raise FatalApiError(message, reason="bad_proxy")
+    return proxy or None
+
+
+class _CleanConnector(aiohttp.TCPConnector):
+    """Closes a waiting connection on which the server said something unasked: it would be read as the next answer."""
+
+    async def _get(self, key: Any, traces: Any) -> Any:
+        while (connection := await super()._get(key, traces)) is not None:
+            if connection.protocol is not None and not connection.protocol.should_close:
+                return connection
+            connection.close()
+        return None
 
 
 class LlmClient:
@@ -164,6 +199,7 @@ class LlmClient:
         max_attempts: int = 6,
         request_timeout: float = 120.0,
         first_wait_seconds: float = 1.0,
+        keep_port: bool = True,
     ) -> None:
         """Check the settings; no request is sent.
 
@@ -173,6 +209,7 @@ class LlmClient:
             max_attempts: Attempts a request, the first one included.
             request_timeout: Seconds for one attempt.
             first_wait_seconds: Upper bound of the first pause; it doubles from attempt to attempt.
+            keep_port: See ``endpoint_of``.
 
         Raises:
             FatalApiError: The key or the base URL cannot be used.
@@ -181,49 +218,50 @@ class LlmClient:
         if not self._key or not self._key.isascii() or not self._key.isprintable() or " " in self._key:
             message = "OPENAI_API_KEY is empty or holds characters that no key has; set it to the key alone"
             raise FatalApiError(message, reason="bad_key")
-        self._base_url = base_url
-        self.endpoint = endpoint_of(base_url)
-        self.host = self.endpoint.split("/", 1)[0]
+        self.endpoint = endpoint_of(base_url, keep_port=keep_port)
+        self.host = urlsplit(base_url).hostname or ""
+        self._url = base_url.rstrip("/") + "/chat/completions"
+        self._proxy = _proxy_of(base_url)
         self._max_attempts = max(1, max_attempts)
         self._timeout = request_timeout
         # Parameters that a request was answered without, after the server had refused them by name.
         self.refused_parameters: set[str] = set()
         self._backoff = wait_random_exponential(multiplier=first_wait_seconds, max=MAX_WAIT_SECONDS)
-        self._pools: list[openai.AsyncOpenAI] = []
-        self._free: list[openai.AsyncOpenAI] = []
-        self._ssl: ssl.SSLContext | None = None
+        self._idle: list[aiohttp.ClientSession] = []
 
     async def __aenter__(self) -> LlmClient:
-        # Connections belong to one event loop, so they are made where the loop runs, when they are needed.
-        self._ssl = _ssl_context()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for pool in self._pools:
-            await pool.close()
-        self._pools, self._free, self._ssl = [], [], None
+        while self._idle:
+            await self._idle.pop().close()
 
-    @contextmanager
-    def _lease(self) -> Iterator[openai.AsyncOpenAI]:
-        """A place in a connection pool. The pool used last is the next one, so that few connections serve few calls."""
-        if not self._free:
-            assert self._ssl is not None, "enter the client first: async with client"
-            pool = openai.AsyncOpenAI(
-                api_key=self._key,
-                base_url=self._base_url,
-                timeout=self._timeout,
-                max_retries=0,
-                http_client=openai.DefaultAsyncHttpxClient(verify=self._ssl),
-            )
-            self._pools.append(pool)
-            self._free += [pool] * POOL_PLACES
-        pool = self._free.pop()
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[aiohttp.ClientSession]:
+        """A session of one connection, for one attempt at a time; the one used last is the next one.
+
+        After anything but an answer it is closed: what a server sends after an odd response, or after the caller has left, would
+        be read as the answer to the next request.
+        """
+        # Connections belong to one event loop, so they are made where the loop runs, when they are needed.
+        session = self._idle.pop() if self._idle else self._open_session()
         try:
-            yield pool
-        finally:
-            self._free.append(pool)
+            yield session
+        except BaseException:
+            await session.close()
+            raise
+        self._idle.append(session)
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
+            connector=_CleanConnector(limit=1),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={"authorization": f"Bearer {self._key}"},
+            # Of the whole attempt, however many bytes arrive meanwhile.
+            timeout=aiohttp.ClientTimeout(total=self._timeout, sock_connect=min(self._timeout, CONNECT_SECONDS)),
+        )
 
     def scrub(self, text: str) -> str:
         """Take keys out of a text that people or files will see."""
@@ -315,30 +353,32 @@ class LlmClient:
         return completion
 
     async def _attempt(self, parameters: dict[str, Any]) -> Completion:
-        try:
-            # The library's time-out starts anew with every byte that arrives; this one does not.
-            with self._lease() as pool:
-                async with asyncio.timeout(self._timeout):
-                    response = await pool.post(
-                        # Not chat.completions.create: it checks every message against its types (1 ms), and
-                        # builds an object from a body that is read with more suspicion below.
-                        "/chat/completions",
-                        cast_to=httpx2.Response,
-                        body=parameters,
-                        options=_NO_RANDOM_KEY,
-                    )
-            body = response.text
-        except TimeoutError:
-            message = f"no answer within {self._timeout:g} s; --request_timeout sets the limit"
-            raise RetriableError(message, reason="timeout") from None
-        except openai.OpenAIError as error:
-            # Without its chain: the library's error holds the request, and that holds the key.
-            raise classify(error, self.host, self.scrub) from None
-        completion = parse_body(body, self.scrub)
+        async with self._connection() as session:
+            try:
+                # No redirects: prompts and key would go to whoever answers at the other address.
+                async with session.post(
+                    self._url, json=parameters, allow_redirects=False, proxy=self._proxy
+                ) as response:
+                    body = await response.read()
+            except Exception as error:  # noqa: BLE001  # whatever the transport makes of what it receives
+                # Without its chain: the library's error holds the request, and that holds the key.
+                raise self._transport_error(error) from None
+            completion = read_response(response.status, response.headers, body, self.scrub)
         if len(self._key) >= 16 and self._key in completion.text:
             usage = Usage(completion.prompt_tokens, completion.completion_tokens)
             raise RowError("the answer repeats the API key", reason="key_in_answer", usage=usage)
         return completion
+
+    def _transport_error(self, error: Exception) -> RetriableError:
+        cause = " ".join(self.scrub(str(error) or type(error).__name__).split())[:200]
+        if isinstance(
+            error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.ClientHttpProxyError)
+        ):
+            return RetriableError(cause, reason="no_connection", usage=NOT_BILLED)
+        if isinstance(error, TimeoutError):
+            message = f"no answer within {self._timeout:g} s; --request_timeout sets the limit"
+            return RetriableError(message, reason="timeout")
+        return RetriableError(f"connection to {self.host} broke: {cause}", reason="broken_connection")
 
     def _parameters(self, request: CompletionRequest, refused: set[str]) -> dict[str, Any]:
         # OpenAI's newer models refuse `max_tokens`; most other servers know nothing else.
@@ -371,8 +411,8 @@ class LlmClient:
         if error is not None and error.reason == "no_connection" and breaker.has_ever_succeeded:
             return False  # the network is down, and no request's fault: the breaker ends that
         limit = self._max_attempts
-        if error is not None and error.reason == "empty_answer":
-            limit = min(limit, EMPTY_ANSWER_TRIES)
+        if error is not None and error.reason in ("empty_answer", "unfinished"):
+            limit = min(limit, PAID_TRIES)
         return state.attempt_number >= limit
 
     def _seconds_to_wait(self, state: RetryCallState, gate: Gate, breaker: Breaker) -> float:
@@ -387,12 +427,6 @@ class LlmClient:
         if breaker.is_outage:
             gate.pause(jitter)
         return jitter
-
-
-@cache
-def _ssl_context() -> ssl.SSLContext:
-    """One for all pools: to read the certificates takes some 30 ms."""
-    return httpx2.create_ssl_context()
 
 
 def _error_of(state: RetryCallState) -> RetriableError | None:
@@ -460,7 +494,7 @@ class Engine:
             requests_per_minute: Calls a minute, at most (one second's worth may come at once).
             tokens_per_minute: Tokens a minute, by the estimate of ``Need`` before and the usage after a call.
             max_outage_seconds: Without one success for so long, a run stops.
-            retry_failed: Ask again what the ledger holds as failed.
+            retry_failed: Ask again, once, what an earlier run recorded as failed.
         """
         self.client = client
         self.budget = budget or Budget()
@@ -473,11 +507,11 @@ class Engine:
             tokens_per_minute=tokens_per_minute,
         )
         self._breaker = Breaker(max_outage_seconds, count_refusals=not retry_failed)
+        # Outcomes that an earlier command has recorded.
+        self.n_from_ledger = 0
         self._n_submitted = 0
         # What this run could not get; the ledger does not hold it, so that the next run asks again.
         self._failed: dict[str, ApiError] = {}
-        # What was failed in the ledger and was asked again: once a run.
-        self._asked: set[str] = set()
         self._streams: set[_Stream] = set()
         self._fatal: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -501,7 +535,7 @@ class Engine:
         if recorded is None:
             return None
         outcome = usable(recorded, max_tokens=request.max_tokens, accept_cut_off=request.accept_cut_off)
-        if self.retry_failed and isinstance(outcome, ApiError) and key not in self._asked:
+        if self.retry_failed and isinstance(outcome, ApiError) and self._ledger.is_earlier(key):
             return None
         return outcome
 
@@ -543,6 +577,7 @@ class Engine:
                         if key not in unfinished and self.known(request, key) is None:
                             unfinished.add(key)
                             self._submit(stream, key, request)
+                        self.n_from_ledger += key not in unfinished and self._ledger.is_earlier(key)
                         _take_finished(stream, unfinished)
                     if not places:
                         return
@@ -571,8 +606,6 @@ class Engine:
             self._start()
         assert self._loop is not None
         self._n_submitted += 1
-        if self.retry_failed and self._ledger.get(key) is not None:
-            self._asked.add(key)
         self._loop.call_soon_threadsafe(self._begin, stream, key, request, self._n_submitted)
 
     def _start(self) -> None:

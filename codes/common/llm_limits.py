@@ -425,7 +425,8 @@ class Breaker:
             FatalApiError: It is one too many (``reason`` is ``breaker``).
         """
         is_refusal = error.error_class == "row" and error.reason.startswith("http_")
-        if (error.error_class == "row" and not is_refusal) or error.reason == "empty_answer":
+        is_answer = error.error_class == "row" and not is_refusal and error.reason not in NOT_AN_API_REASONS
+        if is_answer or error.reason == "empty_answer":
             return self.succeed()
         if is_refusal and not self._count_refusals:
             return self.succeed()

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, ClassVar, NoReturn, TypeAlias
-
-import openai
+from urllib.parse import urlsplit
 
 from codes.common.errors import ContrastRMError
 
@@ -38,8 +37,25 @@ _ROW_STATUSES = frozenset({400, 413, 422})
 LIMIT_NAMES = ("max_tokens", "max_completion_tokens")
 # "max_tokens is too large", "reduce the length of the messages": the request is too long, whatever the limit is called.
 _TOO_LONG = re.compile(r"(?i)too (?:large|long|big|many)|exceed|context|at most|must be (?:less|at least|greater|>|<)")
-# What came is no answer of a chat API at all: a web page, another JSON, an error without a code under HTTP 200.
-NOT_AN_API_REASONS = frozenset({"invalid_body", "error_body"})
+# How servers say that an answer is whole: OpenAI, Hugging Face, Anthropic, Cohere and gateways to them.
+_COMPLETE_ENDINGS = frozenset({"stop", "stop_sequence", "eos", "eos_token", "end_turn", "complete"})
+_CUT_OFF_ENDINGS = frozenset({"length", "max_tokens", "max_output_tokens", "max_length", "model_length"})
+_FILTERED_ENDINGS = frozenset(
+    {"content_filter", "safety", "recitation", "blocklist", "prohibited_content", "refusal", "guardrail_intervened"}
+)
+_BROKEN_ENDINGS = frozenset({"none", "null", "error", "abort", "aborted", "cancelled", "canceled", "failed", "unknown"})
+_TEXT_PARTS = frozenset({"text", "output_text"})
+_REASONING_PARTS = frozenset({"thinking", "reasoning", "redacted_thinking"})
+# A reasoning model's servers often leave its reasoning in the content, some without the opening tag, which stands in their
+# prompt. Without that tag only a closing one on a line's end counts: an answer may speak of such tags.
+_LEADING_REASONING = re.compile(
+    r"(?is)\A\s*<(think|thinking|thought|reasoning)>(?:.*?</\1>|.*)\s*|\A(?:(?!<think>).)*?</think>[ \t]*(?:\n\s*|\Z)"
+)
+# More than any model takes; a larger count is no count, and a float could not hold some of them.
+MOST_TOKENS = 10**9
+# What came is no answer of a chat API at all: a web page, another JSON, an error without a code under HTTP 200, answers of
+# another form.
+NOT_AN_API_REASONS = frozenset({"invalid_body", "error_body", "wrong_shape", "unfinished", "unknown_ending"})
 # The server has too much to do, or is gone: fewer requests at a time are the answer.
 _OVERLOAD_REASONS = frozenset(
     {"rate_limit", "timeout", "no_connection", "http_408", "http_502", "http_503", "http_504", "http_529"}
@@ -144,12 +160,31 @@ def refused_parameter(error: RowError, sent: Mapping[str, Any]) -> str | None:
     return next((name for name in named if name == "temperature" or not _TOO_LONG.search(text)), None)
 
 
-def parse_body(body: str, scrub: Callable[[str], str] = str) -> Completion:
-    """Read the body of an HTTP 200 answer, trusting nothing in it.
+def read_response(status: int, headers: Mapping[str, str], body: bytes, scrub: Callable[[str], str]) -> Completion:
+    """Read a whole HTTP response. ``scrub`` takes keys out of a text.
 
     Raises:
-        RetriableError: It is cut off, not JSON, lacks its parts, or is empty.
-        RowError: The model refused through its own field, or a content filter cut the answer.
+        ApiError: There is no answer in it. No response makes this raise anything else: an odd one ends one request, not the run.
+    """
+    try:
+        if 200 <= status < 300:
+            return parse_body(body, scrub)
+        if 300 <= status < 400:
+            raise _redirect_error(status, headers.get("location", ""), scrub)
+        raise _status_error(status, _error_fields(body), scrub, retry_after=_retry_after(headers))
+    except ApiError:
+        raise
+    except Exception as error:  # noqa: BLE001  # servers are more inventive than any list
+        message = f"the server's answer cannot be read ({type(error).__name__})"
+        raise RetriableError(message, reason="invalid_body") from None
+
+
+def parse_body(body: bytes | str, scrub: Callable[[str], str] = str) -> Completion:
+    """Read the body of an HTTP 200 answer, trusting nothing in it. JSON is UTF-8, whatever charset the server declares.
+
+    Raises:
+        RetriableError: It is cut off, not JSON, lacks its parts, is empty, or the model did not come to an end.
+        RowError: The model refused, the server stopped it, or the answer has no form that can be read.
         FatalApiError: It holds an error that no further request will overcome.
     """
     try:
@@ -159,25 +194,25 @@ def parse_body(body: str, scrub: Callable[[str], str] = str) -> Completion:
     if not isinstance(value, dict):
         raise RetriableError("the server's answer is not a JSON object", reason="invalid_body")
     if value.get("error"):
-        raise _classify_error_body(value["error"], scrub)
+        raise _status_error(None, value["error"], scrub)
     choices = value.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
+    if isinstance(choice, dict) and choice.get("error"):
+        raise _status_error(None, choice["error"], scrub)
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(choice, dict) or not isinstance(message, dict):
         raise RetriableError("the server's answer holds no choices[0].message", reason="invalid_body")
-    return _completion_of(choice, message, _usage(value.get("usage")))
+    return _completion_of(choice, message, _usage(value.get("usage")), scrub)
 
 
-def _completion_of(choice: dict[str, Any], message: dict[str, Any], usage: Usage | None) -> Completion:
-    finish_reason = str(choice.get("finish_reason") or "unknown")
-    if finish_reason == "content_filter":
-        raise RowError("the server's content filter stopped the answer", reason="content_filter", usage=usage)
+def _completion_of(
+    choice: dict[str, Any], message: dict[str, Any], usage: Usage | None, scrub: Callable[[str], str]
+) -> Completion:
+    finish_reason = _finish_reason(choice.get("finish_reason"), usage, scrub)
     if message.get("refusal"):
         raise RowError("the model refused to answer", reason="model_refusal", usage=usage)
-    text = message.get("content")
-    if text is not None and not isinstance(text, str):
-        raise RetriableError("the answer's content is not a text", reason="invalid_body", usage=usage)
-    if not text or not text.strip():
+    text = _without_reasoning(_joined_text(message.get("content"), usage))
+    if not text.strip():
         if finish_reason == "length":
             cure = "no answer within --max_new_tokens; raise it (reasoning models need more)"
             raise RowError(cure, reason="cut_off", usage=usage)
@@ -188,6 +223,46 @@ def _completion_of(choice: dict[str, Any], message: dict[str, Any], usage: Usage
     return Completion(text, finish_reason, used.prompt_tokens, used.completion_tokens)
 
 
+def _finish_reason(value: Any, usage: Usage | None, scrub: Callable[[str], str]) -> str:
+    """``stop`` or ``length``; every other way to end is no answer, however much text stands beside it."""
+    name = str(value or "none").lower()
+    shown = scrub(f"finish_reason {value!r}"[:80])
+    if name in _COMPLETE_ENDINGS:
+        return "stop"
+    if name in _CUT_OFF_ENDINGS:
+        return "length"
+    if name in _FILTERED_ENDINGS:
+        raise RowError(
+            f"the server's content filter stopped the answer ({shown})", reason="content_filter", usage=usage
+        )
+    if name in _BROKEN_ENDINGS:
+        raise RetriableError(f"the server did not finish the answer ({shown})", reason="unfinished", usage=usage)
+    raise RowError(f"the answer ended in a way that is not known ({shown})", reason="unknown_ending", usage=usage)
+
+
+def _joined_text(content: Any, usage: Usage | None) -> str:
+    """The answer's text, whole or in parts; parts that hold the model's reasoning are left out."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    texts = []
+    for part in content if isinstance(content, list) else [None]:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind in _REASONING_PARTS:
+            continue
+        text = part.get("text") if isinstance(part, dict) else None
+        if kind not in _TEXT_PARTS or not isinstance(text, str):
+            raise RowError(
+                "the answer's content is neither text nor a list of texts", reason="wrong_shape", usage=usage
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def _without_reasoning(text: str) -> str:
+    """An answer without the reasoning in front of it; reasoning that never ends leaves nothing."""
+    return _LEADING_REASONING.sub("", text, count=1)
+
+
 def _usage(value: Any) -> Usage | None:
     fields = value if isinstance(value, dict) else {}
     usage = Usage(_count(fields, "prompt_tokens"), _count(fields, "completion_tokens"))
@@ -196,44 +271,46 @@ def _usage(value: Any) -> Usage | None:
 
 def _count(usage: dict[str, Any], name: str) -> int:
     value = usage.get(name)
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < MOST_TOKENS else 0
 
 
-def _classify_error_body(error: Any, scrub: Callable[[str], str]) -> ApiError:
-    """Sort an ``error`` object that came with HTTP 200 (gateways do that)."""
+def _error_fields(body: bytes) -> Any:
+    """What the body of an error says: its ``error``, all of it, or the text that it is."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return body[:2000].decode("utf-8", "replace")
+    return value.get("error") or value if isinstance(value, dict) else value
+
+
+def _status_error(
+    status: int | None, error: Any, scrub: Callable[[str], str], *, retry_after: float | None = None
+) -> ApiError:
+    """Sort an HTTP error, or (without a status) an ``error`` object under HTTP 200, as gateways send it."""
     fields = error if isinstance(error, dict) else {"message": error}
-    message = scrub(str(fields.get("message") or "no message"))[:300]
-    code = fields.get("code")
-    status = int(str(code)) if str(code).isdigit() else None
-    return _by_status(status, {str(code), str(fields.get("type"))}, message, retry_after=None)
+    text = fields.get("message") or fields.get("detail") or (json.dumps(fields) if status else "no message")
+    # Scrubbed before it is cut: half a key would not be known as one.
+    message = " ".join(scrub(str(text)).split())[:300] or "no message"
+    code = str(fields.get("code"))
+    if status is None and re.fullmatch("[45][0-9]{2}", code):
+        status = int(code)
+    sorted_error = _typed_by_status(status, {code, str(fields.get("type"))}, message, retry_after=retry_after)
+    sorted_error.usage = NOT_BILLED
+    return sorted_error
 
 
-def classify(error: openai.OpenAIError, host: str, scrub: Callable[[str], str]) -> ApiError:
-    """Sort the client library's errors. ``scrub`` takes keys out of a text."""
-    if isinstance(error, openai.APITimeoutError) and not _is_connect_failure(error):
-        return RetriableError("no answer in time; --request_timeout sets the limit", reason="timeout")
-    if isinstance(error, openai.APIConnectionError):
-        cause = scrub(str(error.__cause__ or error))[:200]
-        if _is_connect_failure(error):
-            return RetriableError(cause or "no connection", reason="no_connection", usage=NOT_BILLED)
-        return RetriableError(f"connection to {host} broke: {cause}", reason="broken_connection")
-    if isinstance(error, openai.APIStatusError):
-        codes = {str(error.code), str(error.type)}
-        detail = error.body.get("message") if isinstance(error.body, dict) else None
-        message = scrub(str(detail or error.message))[:300]
-        return _by_status(error.status_code, codes, message, retry_after=_retry_after(error.response.headers))
-    return RetriableError(f"invalid answer: {scrub(str(error))[:200]}", reason="invalid_body")
-
-
-def _is_connect_failure(error: openai.APIConnectionError) -> bool:
-    # By name: the client may sit on either of two generations of its HTTP library.
-    return type(error.__cause__).__name__ in {"ConnectError", "ConnectTimeout", "UnsupportedProtocol"}
-
-
-def _by_status(status: int | None, codes: set[str], message: str, *, retry_after: float | None) -> ApiError:
-    error = _typed_by_status(status, codes, message, retry_after=retry_after)
-    error.usage = NOT_BILLED
-    return error
+def _redirect_error(status: int, location: str, scrub: Callable[[str], str]) -> FatalApiError:
+    try:
+        parts = urlsplit(location)
+        # Without its query, which may hold a secret.
+        target = scrub(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}" if parts.netloc else parts.path)[:200]
+    except ValueError:
+        target = "an address that is none"
+    message = (
+        f"the server sends requests on to {target!r} (HTTP {status}), and nothing was sent there: prompts and key would go to "
+        "whoever answers at that address. If it is the right one, set OPENAI_BASE_URL / --api_base_url to it"
+    )
+    return FatalApiError(message, reason="redirect", usage=NOT_BILLED)
 
 
 def _typed_by_status(status: int | None, codes: set[str], message: str, *, retry_after: float | None) -> ApiError:
@@ -267,7 +344,7 @@ def _fatal_message(status: int | None, code: str | None, message: str) -> str:
     return f"{cure} (server: {message})"
 
 
-def _retry_after(headers: Any) -> float | None:
+def _retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds from ``retry-after-ms`` or ``Retry-After`` (a number or a date); None where it is of no use."""
     try:
         if (milliseconds := headers.get("retry-after-ms")) is not None:
@@ -278,6 +355,6 @@ def _retry_after(headers: Any) -> float | None:
             seconds = float(value)
         else:
             seconds = (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None
     return seconds if seconds > 0 and seconds != float("inf") else None

@@ -126,7 +126,7 @@ class Api:
         if self.is_estimate:
             print(self._estimate(requests, description, n_follow_ups), flush=True)
             raise SystemExit(0)
-        before = self.engine.budget.spent.to_dict()
+        before = self.engine.budget.spent.to_dict() | {"n_from_ledger": self.engine.n_from_ledger}
         try:
             for outcome in self.engine.stream(requests, description=description, total=total):
                 self.counts.add(outcome)
@@ -193,7 +193,11 @@ class Api:
         cost = "" if spent.cost is None else f", cost {spent.cost - before['cost']:.4f}"
         unknown = spent.n_unknown_usage - before["n_unknown_usage"]
         guessed = f" ({unknown} calls of unknown usage counted at their upper bound)" if unknown else ""
-        return f"{spent.n_calls - before['n_calls']} calls sent, {n_in} + {n_out} tokens{guessed}{cost}"
+        n_known = self.engine.n_from_ledger - before["n_from_ledger"]
+        return (
+            f"{spent.n_calls - before['n_calls']} calls sent, {n_in} + {n_out} tokens{guessed}{cost}, "
+            f"{n_known} answers from the ledger"
+        )
 
     def summary(self) -> dict[str, Any]:
         """For a report: what the command got, ledger included, and what this run of the command spent."""
@@ -201,6 +205,7 @@ class Api:
         return {
             "n_requests": counts.n_requests,
             "n_answers": counts.n_answers,
+            "n_from_ledger": self.engine.n_from_ledger,
             "prompt_tokens": counts.prompt_tokens,
             "completion_tokens": counts.completion_tokens,
             "n_failed_requests": dict(counts.failed.most_common()),
@@ -321,7 +326,14 @@ def open_api(
         concurrency = min(concurrency, EMBEDDED_CONCURRENCY)
         request_timeout = max(request_timeout, EMBEDDED_REQUEST_TIMEOUT)
         max_outage_seconds = max(max_outage_seconds, EMBEDDED_REQUEST_TIMEOUT)
-    client = LlmClient(api_key=key, base_url=api_base_url, max_attempts=max_attempts, request_timeout=request_timeout)
+    client = LlmClient(
+        api_key=key,
+        base_url=api_base_url,
+        max_attempts=max_attempts,
+        request_timeout=request_timeout,
+        # The embedded server has a new port in every launch, and is always the same model.
+        keep_port=not is_embedded_server(),
+    )
     ledger = Ledger(ensure_writable_folder(work_dir) / LEDGER_FILE)
     if launch is not None and budget is not None and not estimate:
         # Called after the engine has ended, whatever ended it.
