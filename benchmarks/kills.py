@@ -457,7 +457,7 @@ class Construction(Stage):
 
     def wait_for_moment(self, child: Any, name: str, draw: random.Random, is_last: bool) -> None:
         """One kill in five at the start, the others after a random number of requests."""
-        target = len(self.sent()) + draw.randint(1, max(2, round(2 * self.n_records / self.n_kills)))
+        target = len(self.sent()) + draw.randint(1, max(2, self.n_records // self.n_kills))
         if draw.random() < 0.2:
             time.sleep(draw.uniform(0, START_SECONDS))
         else:
@@ -470,6 +470,12 @@ class Construction(Stage):
         if was_running:
             self.snapshots.append((len(self.sent()), self.recorded(name)))
         return was_running
+
+    def begin_anew(self, name: str) -> None:
+        """A finished run has every answer in its ledger, and would send nothing more."""
+        shutil.rmtree(self.folder / name)
+        (self.folder / f"{name}.jsonl").unlink()
+        self.snapshots.clear()
 
     def phase(self, name: str) -> str:
         """By what was recorded."""
