@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -511,6 +512,11 @@ def test_llmbar_and_judgebench_by_hand() -> None:
     summary = summarise_benchmark("judgebench", rows)
     assert summary["complete"] and (summary["accuracy_count"], summary["accuracy_total"]) == (0, 350)
     assert summary["n_ties"] == 350
+    # The other published split: only its total is known, and a part of the first one with as many rows is not it.
+    claude = [replace(row, item=replace(row.item, split="claude")) for row in rows[:270]]
+    whole, short = summarise_benchmark("judgebench", claude), summarise_benchmark("judgebench", claude[:269])
+    assert whole["complete"] and whole["subsets"]["Knowledge"]["state"] == "complete"
+    assert not short["complete"] and not summarise_benchmark("judgebench", rows[:270])["complete"]
 
 
 # --- the command ---
@@ -622,9 +628,10 @@ def test_the_loader_checks_what_the_evaluation_will_read(tmp_path: Path) -> None
     path = jsonl(tmp_path / "claude.jsonl", JUDGEBENCH_ROWS)
     output = tmp_path / "judgebench.jsonl"
     arguments = ["--dataset", "judgebench", "--local_files", path, "--output_file", output]
-    done = load(*arguments, "--split", "claude")  # the published counts are of the other split
+    claude = [{**JUDGEBENCH_ROWS[k % 4], "pair_id": f"p{k}", "response_model": "claude-3-5"} for k in range(270)]
+    done = load(*arguments[:3], jsonl(tmp_path / "whole.jsonl", claude), *arguments[4:], "--split", "claude")
     assert done.returncode == 0, done.stderr
-    assert [row for _, row in iter_rows(output)] == JUDGEBENCH_ROWS
+    assert [row for _, row in iter_rows(output)] == claude
     assert detect_format(output) == "judgebench"
     output.unlink()
     for rows, message in (
@@ -632,9 +639,10 @@ def test_the_loader_checks_what_the_evaluation_will_read(tmp_path: Path) -> None
         ([JUDGEBENCH_ROWS[0] | {"label": None}], "row 1 of ScalerLab/JudgeBench lacks label"),
         ([JUDGEBENCH_ROWS[0] | {"label": "C"}], "field 'label': found 'C'"),
         (["text"], "a JSON object"),
+        (claude[:269], "claude: 269, not 270"),
     ):
         jsonl(path, rows)
-        done = load(*arguments)
+        done = load(*arguments, *(["--split", "claude"] if len(rows) == 269 else []))
         assert done.returncode == 2 and message in done.stderr, done.stderr
         assert not output.exists() and "Traceback" not in done.stderr
 

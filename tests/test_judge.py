@@ -27,9 +27,10 @@ from codes.common.scoring import ScoreResult
 from codes.evaluate import compare_models, eval_rm, judge
 from codes.evaluate.api import PairVerdict
 from codes.evaluate.format_metrics import ItemOutcome, summarise_benchmark
-from codes.evaluate.formats import read_benchmark
+from codes.evaluate.formats import BenchmarkItem, read_benchmark
 from codes.evaluate.judge import PairJudgement, judge_pairs, read_answer
 from codes.evaluate.metrics import judge_pair
+from codes.evaluate.reward_bench_table import SUBSETS
 from tests.chat_server import FAULTS, ChatServer, Reply, answer, choose_fault, error
 from tests.conftest import REPO_ROOT
 
@@ -468,6 +469,97 @@ def test_judgebench_counts_a_judge_as_published_too(run: Callable[..., int], tmp
     assert (summary["accuracy_count"], summary["accuracy_total"], summary["n_ties"]) == (0, 1, 1)
     assert (summary["published_accuracy_count"], summary["published_accuracy_total"]) == (1, 3)
     assert "published_accuracy" in capsys.readouterr().out
+
+
+def test_llmbar_gives_a_judge_that_always_says_a_one_half_as_published(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in BENCHMARKS["llmbar"]))
+    with ChatServer(scripted(lambda first, second: "A")) as server:
+        assert run(server, "--bias_type", "none", "--data_file", path) == 0
+    summary = summary_of(tmp_path / "results" / "judge", "llmbar_summary.json")
+    assert (summary["accuracy"], summary["n_ties"], summary["published_accuracy"]) == (0, 3, 0.5)
+    assert summary["published_accuracy_total"] == 3 and len(summary["published_accuracy_ci"]) == 2
+    assert "published_accuracy (two orders" in capsys.readouterr().out
+
+
+def test_published_credits_by_hand() -> None:
+    def judgement(*said: str) -> PairJudgement:
+        """``b`` better, ``o`` other, ``t`` tie, ``?`` no verdict, ``!`` a failed request."""
+        verdicts = {
+            "t": PairVerdict("tie", ""),
+            "?": PairVerdict(None, "hm", "no_verdict"),
+            "!": PairVerdict(None, "", "refused"),
+        }
+        of_order = [
+            verdicts.get(one) or PairVerdict("first" if (one == "b") == (place == 0) else "second", "")
+            for place, one in enumerate(said)
+        ]
+        pair = (
+            Conversation([{"role": "user", "content": "q"}], "x"),
+            Conversation([{"role": "user", "content": "q"}], "y"),
+        )
+        return judge_pairs(lambda _: of_order, [pair])[0]
+
+    by_hand = {  # LLMBar, RewardBench, JudgeBench
+        ("b", "b"): (1, 1, 1),
+        ("b", "o"): (0.5, 0.5, 0),
+        ("o", "o"): (0, 0, 0),
+        ("b", "t"): (0.5, 0.75, 1),
+        ("t", "t"): (0, 0.5, 0),
+        ("o", "?"): (0, 0.25, 0),
+        ("b", "!"): (None, None, None),
+    }
+    for said, credits in by_hand.items():
+        formats = ("llmbar", "reward_bench", "judgebench")
+        assert tuple(judgement(*said).published_credit(name) for name in formats) == credits, said
+
+
+def test_a_judges_rewardbench_score_as_published() -> None:
+    """Ties everywhere: ours is 0, the published one 50 %; one subset right: its official weight decides."""
+    question = Conversation([{"role": "user", "content": "q"}], "x")
+    tied = (PairVerdict("tie", ""), PairVerdict("tie", ""))
+    right = (PairVerdict("first", ""), PairVerdict("second", ""))
+
+    def judged(best: str) -> tuple[list[BenchmarkItem], list[PairJudgement]]:
+        names = [subset.name for subset in SUBSETS for _ in range(subset.n_rows)]
+        items = [
+            BenchmarkItem("f", n, f"i{n}", ({"role": "user", "content": f"q{n}"},), ("x",), ("y",), name)
+            for n, name in enumerate(names, 1)
+        ]
+        verdicts = [verdict for name in names for verdict in (right if name == best else tied)]
+        return items, judge_pairs(lambda _: verdicts, [(question, question)] * len(names))
+
+    assert judge.published_rewardbench_score(*judged("none"))["published_rewardbench_score"] == pytest.approx(0.5)
+    # math-prm has weight 984 of the 1,968 of its section, which is one of four.
+    score = judge.published_rewardbench_score(*judged("math-prm"))["published_rewardbench_score"]
+    assert score == pytest.approx(0.5 + 0.5 * 984 / 1968 / 4)
+    items, judgements = judged("none")
+    assert judge.published_rewardbench_score(items[1:], judgements[1:])["published_rewardbench_score"] is None
+
+
+def test_a_judges_rows_are_audited_as_a_models_are(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = [bias_row(f"q{n}", (30, 20), (20, 30)) for n in range(3)]
+    damaged = good[0] | {"question": "q9", "rewritten_response1": good[0]["original_response1"]}
+    damaged["rewritten_response2"] = damaged["original_response2"]
+    folder = data_dir(tmp_path / "data", "beauty", [*good, damaged])
+    with ChatServer(scripted(longer)) as server:
+        assert run(server, "--data_dir", folder, "--bias_type", "beauty") == 0
+    results = tmp_path / "results" / "judge"
+    summary = summary_of(results)
+    assert summary["clean"]["n_flagged"] == {"beauty": 1}
+    assert (summary["biases"]["beauty"]["n_pairs"], summary["clean"]["biases"]["beauty"]["n_pairs"]) == (4, 3)
+    assert (summary["overall"]["bias_sensitivity_rate"], summary["clean"]["overall"]["bias_sensitivity_rate"]) == (
+        0.75,
+        1,
+    )
+    assert summary["metadata"]["data_defects"] == {"beauty": {"unchanged": [4]}}
+    assert [(row["line"], row["kind"]) for row in rows(results / "data_manifest.jsonl")] == [(4, "unchanged")]
+    assert [row["defects"] for row in rows(results / "bias_beauty.jsonl")] == [[], [], [], ["unchanged"]]
+    assert "rows that look damaged" in capsys.readouterr().out
 
 
 def test_rm_bench_is_judged_pair_by_pair(run: Callable[..., int], tmp_path: Path) -> None:

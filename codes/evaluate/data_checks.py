@@ -65,6 +65,14 @@ def lines_by_kind(defects: Sequence[Defect]) -> dict[str, list[int]]:
     return {kind: some for kind, some in lines.items() if some}
 
 
+def kinds_by_line(defects: Sequence[Defect]) -> dict[int, list[str]]:
+    """Kinds of the defects of each flagged line, each once."""
+    kinds: dict[int, dict[str, None]] = {}
+    for defect in defects:
+        kinds.setdefault(defect.line, {})[defect.kind] = None
+    return {line: list(named) for line, named in kinds.items()}
+
+
 def manifest_rows(bias: str, report: ReadReport, defects: Sequence[Defect]) -> list[dict[str, object]]:
     """The rows of ``data_manifest.jsonl`` of one file: those that could not be read, then those that are flagged."""
     prefix = f"{report.path}:"

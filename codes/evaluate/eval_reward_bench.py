@@ -279,8 +279,7 @@ SHOWN_FIGURES: dict[str, tuple[str, ...]] = {
         *("pooled_easy_accuracy", "pooled_normal_accuracy", "pooled_hard_accuracy"),
     ),
     "llmbar": ("accuracy", "natural_accuracy", "adversarial_accuracy"),
-    # The second one is the benchmark's own count of a judge's two orders (``codes.evaluate.judge``).
-    "judgebench": ("accuracy", "published_accuracy"),
+    "judgebench": ("accuracy",),
 }
 
 
@@ -305,8 +304,6 @@ def benchmark_figure_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     for name in SHOWN_FIGURES[summary["format"]]:
         if f"{name}_count" in summary:
             rows.append([name, rate_cell(dict(summary), name)])
-        elif name not in summary:
-            continue  # a figure of judges
         elif summary[name] is None:
             rows.append([name, "null (a subset has not the official rows)"])
         else:

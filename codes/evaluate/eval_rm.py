@@ -38,7 +38,7 @@ from codes.common.reporting import rate_cell, text_table
 from codes.common.scoring import ScoreResult
 from codes.evaluate.api import TextScorer
 from codes.evaluate.baselines import BASELINES, BaselineScorer
-from codes.evaluate.data_checks import Defect, audit, flagged_lines, lines_by_kind, manifest_rows
+from codes.evaluate.data_checks import Defect, audit, flagged_lines, kinds_by_line, lines_by_kind, manifest_rows
 from codes.evaluate.metrics import (
     PairOutcome,
     RefinementOutcome,
@@ -467,23 +467,18 @@ def defect_notes(defects: dict[str, dict[str, list[int]]]) -> list[str]:
 def write_results(
     folder: Path,
     summary: Mapping[str, Any],
-    outcomes: Mapping[str, Sequence[Outcome]],
+    rows: Mapping[str, Sequence[Mapping[str, Any]]],
     defects: Mapping[str, Sequence[Defect]],
     data: Sequence[BiasData],
 ) -> None:
-    """Write the rows, the manifest of damaged rows, the summary and the report."""
-    for name, some in outcomes.items():
-        kinds: defaultdict[int, list[str]] = defaultdict(list)
-        for defect in defects[name]:
-            if defect.kind not in kinds[defect.line]:
-                kinds[defect.line].append(defect.kind)
-        write_jsonl(folder / f"bias_{name}.jsonl", [outcome_row(o, kinds.get(o.line, ())) for o in some])
-    for name in set(EVALUABLE) - set(outcomes):  # of an earlier run: they would not belong to this summary
+    """Write the rows of each bias, the manifest of damaged rows, and the summary."""
+    for name, some in rows.items():
+        write_jsonl(folder / f"bias_{name}.jsonl", some)
+    for name in set(EVALUABLE) - set(rows):  # of an earlier run: they would not belong to this summary
         (folder / f"bias_{name}.jsonl").unlink(missing_ok=True)
     manifest = [row for some in data for row in manifest_rows(some.bias.name, some.report, defects[some.bias.name])]
     write_jsonl(folder / MANIFEST, manifest)
     write_json(folder / BIAS_SUMMARY, summary)
-    write_report(folder)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -527,7 +522,10 @@ def main(argv: list[str] | None = None) -> int:
         flagged={name: flagged_lines(some) for name, some in found.items()},
     )
     summary = {"metadata": metadata, **figures}
-    write_results(folder, summary, outcomes, found, data)
+    kinds = {name: kinds_by_line(some) for name, some in found.items()}
+    rows = {name: [outcome_row(o, kinds[name].get(o.line, ())) for o in some] for name, some in outcomes.items()}
+    write_results(folder, summary, rows, found, data)
+    write_report(folder)
     print()
     print_tables(summary, folder.name)
     # A baseline sees no cue: that it left no trace says nothing.

@@ -131,8 +131,8 @@ class ItemOutcome:
 def summarise_benchmark(format_name: str, outcomes: Sequence[ItemOutcome]) -> dict[str, Any]:
     """The figures of one benchmark (see the module's docstring)."""
     scored = [outcome for outcome in outcomes if outcome.is_scored]
-    subsets = _subsets(format_name, outcomes)
-    official = FORMATS[format_name].subsets
+    official = FORMATS[format_name].official_rows([outcome.item for outcome in outcomes])
+    subsets = _subsets(outcomes, official)
     states = {
         state: [name for name, fields in subsets.items() if fields["state"] == state]
         for state in ("missing", "short", "long")
@@ -149,11 +149,11 @@ def summarise_benchmark(format_name: str, outcomes: Sequence[ItemOutcome]) -> di
     return summary | _SUMMARIES[format_name](scored, subsets)
 
 
-def _subsets(format_name: str, outcomes: Sequence[ItemOutcome]) -> dict[str, dict[str, Any]]:
-    groups: dict[str, list[ItemOutcome]] = {name: [] for name in FORMATS[format_name].subsets}
+def _subsets(outcomes: Sequence[ItemOutcome], official: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    groups: dict[str, list[ItemOutcome]] = {name: [] for name in official}
     for outcome in outcomes:
         groups.setdefault(outcome.item.subset, []).append(outcome)
-    return {name: _subset(rows, FORMATS[format_name].subsets.get(name)) for name, rows in groups.items()}
+    return {name: _subset(rows, official.get(name)) for name, rows in groups.items()}
 
 
 def _subset(rows: Sequence[ItemOutcome], n_official: int | None) -> dict[str, Any]:

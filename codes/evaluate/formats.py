@@ -9,8 +9,9 @@ should lose; what the figures of a benchmark are, ``codes.evaluate.format_metric
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ class BenchmarkItem:
         rejected: Answers that should lose.
         subset: The part of the benchmark that it belongs to.
         chosen_first: Whether the file shows the better answer first, where it shows a pair.
+        split: The published split, where the row says which.
     """
 
     file: str
@@ -58,6 +60,7 @@ class BenchmarkItem:
     rejected: tuple[str, ...]
     subset: str
     chosen_first: bool | None = None
+    split: str = ""
 
     @property
     def question(self) -> str:
@@ -77,6 +80,7 @@ class BenchmarkFormat:
         dataset_id: Where the data are published.
         splits: Of that dataset; the first one has the official rows.
         subsets: Official rows by subset, in the published order.
+        totals: Official rows of further splits, of which only the total is published.
         parse: Makes an item of (file, line, row); raises ``RecordError``.
         matches: Whether a row with these keys and values is of this format.
     """
@@ -88,6 +92,18 @@ class BenchmarkFormat:
     subsets: Mapping[str, int]
     parse: ParseItem
     matches: Callable[[Path, dict[str, Any]], bool]
+    totals: Mapping[str, int] = field(default_factory=dict)
+
+    def official_rows(self, items: Sequence[BenchmarkItem]) -> dict[str, int]:
+        """Official rows by subset of the split that the items are of.
+
+        Where only the total of the split is published, and the items are as many, each subset has as many as it should.
+        """
+        splits = {item.split for item in items}
+        if len(splits) == 1 and len(items) == self.totals.get(next(iter(splits))):
+            counts = Counter(item.subset for item in items)
+            return {name: counts[name] for name in self.subsets}
+        return dict(self.subsets)
 
 
 # --- single rows ---
@@ -222,6 +238,7 @@ def _parse_judgebench(path: Path, line: int, row: dict[str, Any]) -> BenchmarkIt
         rejected=(answers[1 - better],),
         subset=category,
         chosen_first=better == 0,
+        split="claude" if str(row.get("response_model", "")).startswith("claude") else "gpt",
     )
 
 
@@ -263,6 +280,8 @@ JUDGEBENCH_SOURCES: dict[str, str] = {
 }
 # The 350 pairs of GPT-4o answers, the set of the paper's main table. Source: arXiv 2410.12784.
 JUDGEBENCH_SUBSETS: dict[str, int] = {"Knowledge": 154, "Reasoning": 98, "Math": 56, "Coding": 42}
+# Pairs of Claude-3.5-Sonnet answers. Source: https://huggingface.co/datasets/ScalerLab/JudgeBench (dataset card).
+JUDGEBENCH_TOTALS: dict[str, int] = {"claude": 270}
 
 
 def _is_list(row: dict[str, Any], *keys: str) -> bool:
@@ -318,6 +337,7 @@ FORMATS: dict[str, BenchmarkFormat] = {
             JUDGEBENCH_SUBSETS,
             _parse_judgebench,
             _is_judgebench,
+            JUDGEBENCH_TOTALS,
         ),
     )
 }

@@ -24,12 +24,12 @@ import hashlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from codes.common.biases import EVALUABLE, get_bias
+from codes.common.biases import EVALUABLE
 from codes.common.chat import Conversation
 from codes.common.cli import natural, run
 from codes.common.errors import ContrastRMError
@@ -55,8 +55,9 @@ from codes.common.records import (
     write_json,
     write_jsonl,
 )
-from codes.common.reporting import rate_cell, run_metadata, text_table
+from codes.common.reporting import percent, percent_interval, rate_cell, run_metadata, text_table
 from codes.evaluate.api import PairVerdict
+from codes.evaluate.data_checks import audit, flagged_lines, kinds_by_line, lines_by_kind
 from codes.evaluate.eval_reward_bench import (
     benchmark_source,
     describe_source,
@@ -72,9 +73,12 @@ from codes.evaluate.eval_rm import (
     REFINEMENT_REQUEST,
     BiasData,
     bias_names,
+    defect_notes,
     outcome_row,
     read_bias_data,
     row_id,
+    summarise,
+    write_results,
 )
 from codes.evaluate.format_metrics import ItemOutcome, summarise_benchmark
 from codes.evaluate.formats import FORMAT_NAMES, FORMATS, REWARD_BENCH, BenchmarkItem, detect_format
@@ -82,26 +86,26 @@ from codes.evaluate.metrics import (
     PairOutcome,
     RefinementOutcome,
     RewardBenchOutcome,
+    Stratum,
     Verdict,
     rate_fields,
-    summarise_bias,
-    summarise_overall,
-    summarise_refinement,
+    stratified_rate,
     summarise_reward_bench,
 )
 from codes.evaluate.report import (
     BIAS_HEADER,
-    BIAS_SUMMARY,
     REFINEMENT_HEADER,
     bias_rows,
     refinement_rows,
     write_report,
 )
-from codes.evaluate.reward_bench_table import SECTIONS
+from codes.evaluate.reward_bench_table import SECTIONS, SUBSETS, subsets_of
 from codes.evaluate.scorer_setup import model_results_folder
 
 PROMPT_VERSION = "1"
 TIE = "tie"
+# The reason of an answer that was read and is no verdict; every other reason is that of a request that failed.
+NO_VERDICT = "no_verdict"
 # Formats whose figures are made of pairs. RewardBench 2 gives shares of a tied top and margins: its figures need scores.
 PAIR_FORMATS = (REWARD_BENCH, "rm_bench", "llmbar", "judgebench")
 NO_MODEL = (
@@ -190,7 +194,7 @@ def read_answer(completion: Completion) -> PairVerdict:
     word = read_verdict(completion.text, words=(TIE,), cut_off=completion.finish_reason == "length")
     winners: dict[str | None, Literal["first", "second", "tie"]] = {"A": "first", "B": "second", TIE: "tie"}
     if word not in winners:
-        return PairVerdict(None, completion.text, "no_verdict")
+        return PairVerdict(None, completion.text, NO_VERDICT)
     return PairVerdict(winners[word], completion.text)
 
 
@@ -236,14 +240,25 @@ class PairJudgement:
             return "correct"
         return "wrong" if winners == {"other"} else "tie"
 
-    @property
-    def mostly_right(self) -> bool:
-        """Whether more orders are right than wrong: JudgeBench's own count, to which a tie or no verdict is neither.
+    def published_credit(self, format_name: str) -> float | None:
+        """What the pair adds to the figure that a benchmark publishes of judges; None where a request failed.
 
-        Source: ``compute_final_metrics`` of https://github.com/ScalerLab/JudgeBench.
+        JudgeBench: 1 where more orders are right than wrong; a tie or no verdict is neither.
+        LLMBar: the share of orders that are right, so that a judge that always says A has one half.
+        RewardBench (generative models): the mean over the orders of 1, 0, or one half for a tie or no verdict.
+
+        Source: ``compute_final_metrics`` of https://github.com/ScalerLab/JudgeBench; ``correct_average`` of
+            https://github.com/princeton-nlp/LLMBar; ``scripts/run_generative.py`` of
+            https://github.com/allenai/reward-bench, which asks in one order drawn by chance.
         """
+        if any(order.reason not in (None, NO_VERDICT) for order in self.orders):
+            return None
         winners = [order.winner for order in self.orders]
-        return winners.count("better") > winners.count("other")
+        if format_name == "judgebench":
+            return float(winners.count("better") > winners.count("other"))
+        undecided = 0.5 if format_name == REWARD_BENCH else 0.0
+        credits = {"better": 1.0, "other": 0.0}
+        return sum(credits.get(str(winner), undecided) for winner in winners) / len(winners)
 
     def to_rows(self) -> list[dict[str, Any]]:
         """The two orders, the one with the better answer first at the start."""
@@ -272,7 +287,7 @@ def judge_pairs(
 
 def _order(verdict: PairVerdict, place_of_better: int) -> OrderVerdict:
     if verdict.winner is None:
-        return OrderVerdict(None, None, verdict.reason or "no_verdict", verdict.text)
+        return OrderVerdict(None, None, verdict.reason or NO_VERDICT, verdict.text)
     if verdict.winner == "tie":
         return OrderVerdict("tie", None)
     first = verdict.winner == "first"
@@ -359,20 +374,16 @@ def bias_outcome(
     )
 
 
-def summarise_biases(outcomes: Mapping[str, Sequence[PairOutcome | RefinementOutcome]]) -> dict[str, Any]:
-    """``bias_summary.json`` of a reward model, without what only scores have."""
-    pairwise = {
-        name: [outcome for outcome in some if isinstance(outcome, PairOutcome)]
-        for name, some in outcomes.items()
-        if get_bias(name).kind != "refinement"
-    }
-    biases = {
-        name: summarise_bias(pairwise[name], length_controlled=name != "length")
-        if name in pairwise
-        else summarise_refinement([outcome for outcome in some if isinstance(outcome, RefinementOutcome)])
-        for name, some in outcomes.items()
-    }
-    return without_scores({"overall": summarise_overall(pairwise) if pairwise else None, "biases": biases})
+def summarise_biases(
+    outcomes: Mapping[str, Sequence[PairOutcome | RefinementOutcome]],
+    flagged: Mapping[str, Collection[int]] | None = None,
+) -> dict[str, Any]:
+    """``bias_summary.json`` of a reward model, without what only scores have.
+
+    Args:
+        flagged: Lines of each bias that the figures under ``clean`` do without.
+    """
+    return without_scores(summarise(outcomes, flagged=flagged))
 
 
 def without_scores(fields: dict[str, Any]) -> dict[str, Any]:
@@ -391,14 +402,12 @@ def _blank(value: Any) -> Any:
 
 
 def bias_row(
-    record: BiasRecord | RefinementRecord,
-    outcome: PairOutcome | RefinementOutcome,
-    judged: Mapping[str, PairJudgement],
+    outcome: PairOutcome | RefinementOutcome, judged: Mapping[str, PairJudgement], defects: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """One line of ``bias_<bias>.jsonl``: the verdicts, and what was said in each order."""
+    """One line of ``bias_<bias>.jsonl``: the verdicts, what was said in each order, and what the audit found."""
     row = {
         key: None if key.startswith("score_") or key == "flip_cause" else value
-        for key, value in outcome_row(outcome).items()
+        for key, value in outcome_row(outcome, defects).items()
     }
     if isinstance(outcome, PairOutcome):
         row |= {"original_verdict": judged["original"].verdict, "biased_verdict": judged["biased"].verdict}
@@ -481,15 +490,56 @@ def summarise_benchmark_task(task: BenchmarkTask, judgements: Sequence[PairJudge
             RewardBenchOutcome(item.id, item.subset, item.question, better, other, item.line)
             for item, (better, other) in zip(task.items, scores, strict=True)
         )
+        figures |= published_rewardbench_score(task.items, judgements)
         return {"label": label_of(task.source, figures["complete"]), **figures}
     some = FORMATS[task.format_name]
     groups = zip(task.items, task.by_item(judgements), strict=True)
     figures = summarise_benchmark(task.format_name, [item_outcome(item, group) for item, group in groups])
-    if task.format_name == "judgebench":
-        right = [judgement.mostly_right for judgement in judgements]
-        clusters = [judgement.cluster for judgement in judgements]
-        figures |= rate_fields("published_accuracy", right, [True] * len(right), clusters)
+    if task.format_name in ("judgebench", "llmbar"):
+        figures |= published_accuracy(task.format_name, judgements)
     return {"label": label_of(task.source, figures["complete"], some.title, some.dataset_id), **figures}
+
+
+def published_accuracy(format_name: str, judgements: Sequence[PairJudgement]) -> dict[str, Any]:
+    """``published_accuracy`` (the mean credit of the pairs), its count and total, and its interval."""
+    stratum = _credit_stratum(1.0, format_name, judgements)
+    mean, interval = stratified_rate([stratum])
+    return {
+        "published_accuracy": mean,
+        "published_accuracy_count": sum(stratum.numerators),
+        "published_accuracy_total": len(stratum.numerators),
+        "published_accuracy_ci": interval,
+    }
+
+
+def published_rewardbench_score(items: Sequence[BenchmarkItem], judgements: Sequence[PairJudgement]) -> dict[str, Any]:
+    """RewardBench's mean of sections over the credits of pairs; None unless every subset has its official rows."""
+    by_subset: dict[str, list[PairJudgement]] = {}
+    for item, judgement in zip(items, judgements, strict=True):
+        by_subset.setdefault(item.subset, []).append(judgement)
+    strata = []
+    for subset in SUBSETS:
+        weight = subset.weight / sum(other.weight for other in subsets_of(subset.section))
+        strata.append(_credit_stratum(weight, REWARD_BENCH, by_subset.get(subset.name, [])))
+    whole = all(len(one.numerators) == subset.n_rows for one, subset in zip(strata, SUBSETS, strict=True))
+    score, interval = stratified_rate(strata) if whole else (None, None)
+    return {"published_rewardbench_score": score, "published_rewardbench_score_ci": interval}
+
+
+def _credit_stratum(weight: float, format_name: str, judgements: Sequence[PairJudgement]) -> Stratum:
+    credits = [(judgement.published_credit(format_name), judgement.cluster) for judgement in judgements]
+    known = [(credit, cluster) for credit, cluster in credits if credit is not None]
+    return Stratum(weight, [credit for credit, _ in known], [True] * len(known), [cluster for _, cluster in known])
+
+
+def published_line(summary: Mapping[str, Any]) -> str | None:
+    """A line for the console: the figure as the benchmark publishes it of judges, where it differs from ours by definition."""
+    name = next((key for key in ("published_rewardbench_score", "published_accuracy") if key in summary), None)
+    if name is None:
+        return None
+    value = summary[name]
+    shown = "null" if value is None else f"{percent(value, 2)} {percent_interval(summary[f'{name}_ci'])}"
+    return f"{name} (two orders, a tie and no verdict credited as the benchmark does): {shown}"
 
 
 def item_outcome(item: BenchmarkItem, judgements: Sequence[PairJudgement]) -> ItemOutcome:
@@ -591,29 +641,35 @@ def _write_biases(
     judged: Mapping[str, Sequence[Mapping[str, PairJudgement]]],
     metadata: dict[str, Any],
 ) -> None:
+    data = [task.data for task in tasks]
+    defects = audit({some.bias.name: some.records for some in data})
     outcomes: dict[str, list[PairOutcome | RefinementOutcome]] = {}
+    rows: dict[str, list[dict[str, Any]]] = {}
     shares: dict[str, dict[str, Any]] = {}
-    for task in tasks:
-        name, rows = task.data.bias.name, judged[task.data.bias.name]
-        is_identity = task.data.bias.kind == "identity"
+    for some in data:
+        name, is_identity, kinds = some.bias.name, some.bias.kind == "identity", kinds_by_line(defects[some.bias.name])
         outcomes[name] = [
             bias_outcome(record, row, is_identity=is_identity)
-            for record, row in zip(task.data.records, rows, strict=True)
+            for record, row in zip(some.records, judged[name], strict=True)
         ]
-        lines = zip(task.data.records, outcomes[name], rows, strict=True)
-        write_jsonl(folder / f"bias_{name}.jsonl", [bias_row(*line) for line in lines])
-        shares[name] = consistency([judgement for row in rows for judgement in row.values()])
-    for name in set(EVALUABLE) - set(outcomes):  # of an earlier run: they would not belong to this summary
-        (folder / f"bias_{name}.jsonl").unlink(missing_ok=True)
-    everything = [judgement for rows in judged.values() for row in rows for judgement in row.values()]
+        rows[name] = [
+            bias_row(outcome, row, kinds.get(outcome.line, ()))
+            for outcome, row in zip(outcomes[name], judged[name], strict=True)
+        ]
+        shares[name] = consistency([judgement for row in judged[name] for judgement in row.values()])
+    everything = [judgement for by_row in judged.values() for row in by_row for judgement in row.values()]
     block = {"overall": consistency(everything), "biases": shares}
-    summary = {"metadata": metadata, **summarise_biases(outcomes), "judge": block}
-    write_json(folder / BIAS_SUMMARY, summary)
+    by_kind = {name: lines_by_kind(found) for name, found in defects.items() if found}
+    figures = summarise_biases(outcomes, {name: flagged_lines(found) for name, found in defects.items()})
+    summary = {"metadata": metadata | {"data_defects": by_kind}, **figures, "judge": block}
+    write_results(folder, summary, rows, defects, data)
     for header, table in ((BIAS_HEADER, bias_rows(summary)), (REFINEMENT_HEADER, refinement_rows(summary))):
         if table:
             print(text_table(header, table), end="\n\n")
     named = {**shares, **({"all": block["overall"]} if len(shares) > 1 else {})}
     print(text_table(JUDGE_HEADER, [judge_row(name, fields) for name, fields in named.items()]), end="\n\n")
+    for note in defect_notes(by_kind):
+        print(f"note: {note}")
 
 
 def _write_benchmark(
@@ -631,7 +687,9 @@ def _write_benchmark(
         print_tables(summary)
     else:
         print_benchmark(summary)
-        print()
+    if (line := published_line(summary)) is not None:
+        print(line)
+    print()
     print(text_table(JUDGE_HEADER, [judge_row(task.format_name, share)]), end="\n\n")
 
 

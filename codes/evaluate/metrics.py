@@ -284,7 +284,7 @@ def _refinement_verdict(refined: float, original: float) -> RefinementVerdict:
 
 
 def rate_fields(
-    name: str, numerators: Sequence[bool], denominators: Sequence[bool], clusters: Sequence[str]
+    name: str, numerators: Sequence[float], denominators: Sequence[bool], clusters: Sequence[str]
 ) -> dict[str, Any]:
     """One rate as it stands in a results file: ``name``, its counts and its intervals.
 
@@ -311,10 +311,10 @@ def _interval(rate: Rate) -> list[float] | None:
 
 @dataclass(frozen=True)
 class Stratum:
-    """Rows that enter a weighted mean of rates together: events, membership, and the question of each row."""
+    """Rows that enter a weighted mean of rates together: events or credits in [0, 1], membership, each row's question."""
 
     weight: float
-    numerators: Sequence[bool]
+    numerators: Sequence[float]
     denominators: Sequence[bool]
     clusters: Sequence[str]
 

@@ -127,15 +127,15 @@ def check_rows(dataset: str, split: str, path: Path) -> None:
     Raises:
         ContrastRMError: A row breaks its format, a subset is unknown, or one has not the official number of rows.
     """
-    dataset_id, splits = HUB_SOURCES[dataset]
+    dataset_id, _ = HUB_SOURCES[dataset]
     if dataset == REWARD_BENCH:
         records, _ = read_reward_bench_file(path, subsets=SUBSET_BY_NAME)
         counts, official = Counter(record.subset for record in records), {s.name: s.n_rows for s in SUBSETS}
     else:
         items, _ = read_benchmark(path, dataset)
         counts, official = Counter(item.subset for item in items), dict(FORMATS[dataset].subsets)
-    if split != splits[0]:
-        return  # the published counts are of the first split
+        if split in FORMATS[dataset].totals:
+            counts, official = Counter({split: len(items)}), {split: FORMATS[dataset].totals[split]}
     wrong = [f"{name}: {counts[name]}, not {n_rows}" for name, n_rows in official.items() if counts[name] != n_rows]
     if wrong:
         raise ContrastRMError(f"{dataset_id} has other row counts than published: {'; '.join(wrong)}")
