@@ -22,7 +22,6 @@ MAX_LENGTH="${MAX_LENGTH:-0}"                      # 0: the model's own limit
 OVERLENGTH="${OVERLENGTH:-left}"                   # left | drop | keep_end | error
 MAX_TOKENS_PER_BATCH="${MAX_TOKENS_PER_BATCH:-0}" # 0: what suits the device
 PACKING="${PACKING:-auto}"                         # auto | shared | packed | off (padded batches)
-FUSED_KERNELS="${FUSED_KERNELS:-auto}"             # auto (on CUDA, those of liger-kernel if it is installed) | off
 DTYPE="${DTYPE:-auto}"                             # auto | float32 | bfloat16 | float16
 DEVICE="${DEVICE:-auto}"
 LIMIT_PER_SUBSET="${LIMIT_PER_SUBSET:-0}"          # 0: all pairs
@@ -37,5 +36,5 @@ source scripts/env.sh
 exec_on_processes -m codes.evaluate.eval_reward_bench \
   --model_path "$MODEL_PATH" --data_file "$DATA_FILE" --format "$FORMAT" --category "$CATEGORY" --results_dir "$RESULTS_DIR" \
   --chat_template "$CHAT_TEMPLATE" --max_length "$MAX_LENGTH" --overlength "$OVERLENGTH" --max_tokens_per_batch "$MAX_TOKENS_PER_BATCH" --packing "$PACKING" \
-  --fused_kernels "$FUSED_KERNELS" --dtype "$DTYPE" --device "$DEVICE" --limit_per_subset "$LIMIT_PER_SUBSET" --seed "$SEED" \
+  --dtype "$DTYPE" --device "$DEVICE" --limit_per_subset "$LIMIT_PER_SUBSET" --seed "$SEED" \
   --max_bad_rows "$MAX_BAD_ROWS" --score_store "$SCORE_STORE" "$@"

@@ -57,7 +57,6 @@ CONTAMINATION_FILES="${CONTAMINATION_FILES:-data/eval/*.jsonl,data/eval/public/*
 FAIL_ON_CONTAMINATION="${FAIL_ON_CONTAMINATION:-0}" # 1: stop where a training question stands in one of them
 # The objective beyond MODE, TEMPERATURE and MARGIN.
 PAIRWISE_LOSS="${PAIRWISE_LOSS:-hinge}"            # hinge | bradley_terry
-PAIRWISE_NEGATIVES="${PAIRWISE_NEGATIVES:-all}"    # all | first
 BIAS_WEIGHTS="${BIAS_WEIGHTS:-}"                   # of rejected answers, e.g. length=2,original=0.5
 BIAS_MARGINS="${BIAS_MARGINS:-}"                   # added to their margin, e.g. length=0.5
 ROW_MARGINS="${ROW_MARGINS:-use}"                  # use | ignore the records' own
@@ -69,8 +68,6 @@ LORA_ALPHA="${LORA_ALPHA:-32}"
 LORA_DROPOUT="${LORA_DROPOUT:-0}"
 LORA_TARGET_MODULES="${LORA_TARGET_MODULES:-all-linear}" # all-linear | q_proj,v_proj
 MERGE_LORA="${MERGE_LORA:-1}"                      # 0: save the adapter alone
-TORCH_COMPILE="${TORCH_COMPILE:-0}"                # GPU, with PACKING=off
-FUSED_KERNELS="${FUSED_KERNELS:-auto}"             # auto (on CUDA, those of liger-kernel if it is installed) | off
 REWARD_STATS_GROUPS="${REWARD_STATS_GROUPS:-256}"  # training groups that give reward_mean and reward_std
 ATTN_IMPLEMENTATION="${ATTN_IMPLEMENTATION:-auto}" # auto | sdpa | eager | flash_attention_2
 # Seen while training (README: "See what is learned")
@@ -154,11 +151,10 @@ fi
   --save_steps "$SAVE_STEPS" --keep_checkpoints "$KEEP_CHECKPOINTS" --resume "$RESUME" \
   --max_rejected "$MAX_REJECTED" --cache_dir "$CACHE_DIR" --estimate "$ESTIMATE" \
   --contamination_files "$CONTAMINATION_FILES" --fail_on_contamination "$FAIL_ON_CONTAMINATION" \
-  --pairwise_loss "$PAIRWISE_LOSS" --pairwise_negatives "$PAIRWISE_NEGATIVES" --bias_weights "$BIAS_WEIGHTS" \
+  --pairwise_loss "$PAIRWISE_LOSS" --bias_weights "$BIAS_WEIGHTS" \
   --bias_margins "$BIAS_MARGINS" --row_margins "$ROW_MARGINS" --centering "$CENTERING" \
   --label_smoothing "$LABEL_SMOOTHING" \
   --logging_steps "$LOGGING_STEPS" --limit "$LIMIT" --max_bad_rows "$MAX_BAD_ROWS" \
   --lora_rank "$LORA_RANK" --lora_alpha "$LORA_ALPHA" --lora_dropout "$LORA_DROPOUT" \
-  --lora_target_modules "$LORA_TARGET_MODULES" --merge_lora "$MERGE_LORA" --torch_compile "$TORCH_COMPILE" \
-  --fused_kernels "$FUSED_KERNELS" \
+  --lora_target_modules "$LORA_TARGET_MODULES" --merge_lora "$MERGE_LORA" \
   --reward_stats_groups "$REWARD_STATS_GROUPS" --attn_implementation "$ATTN_IMPLEMENTATION" "$@"

@@ -156,7 +156,7 @@ ODD = st.one_of(
 FLAGS = [
     "--epochs", "--max_steps", "--max_length", "--overlength", "--global_batch_size", "--micro_batch_size",
     "--max_tokens_per_batch", "--seed", "--limit", "--max_bad_rows", "--max_rejected", "--negatives", "--mode", "--margin",
-    "--temperature", "--pairwise_loss", "--pairwise_negatives", "--bias_weights", "--bias_margins", "--row_margins",
+    "--temperature", "--pairwise_loss", "--bias_weights", "--bias_margins", "--row_margins",
     "--centering", "--label_smoothing", "--fail_on_contamination", "--contamination_files",
 ]  # fmt: skip
 BIAS_NUMBERS = st.lists(st.tuples(st.sampled_from([*INJECTABLE, "original", "other"]), ODD), max_size=3).map(

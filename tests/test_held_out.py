@@ -305,7 +305,7 @@ EVAL_ON_START = ("--eval_on_start", "1", "--eval_steps", "0", "--max_steps", "1"
     [
         ("--bias_weights", "length=3,original=0.5", "--bias_margins", "beauty=0.7", "--label_smoothing", "0.1"),
         ("--mode", "pairwise", "--bias_weights", "length=3", "--centering", "0.1"),
-        ("--mode", "pairwise", "--pairwise_negatives", "first", "--pairwise_loss", "bradley_terry"),
+        ("--mode", "pairwise", "--pairwise_loss", "bradley_terry"),
         ("--row_margins", "ignore", "--negatives", "original"),
         ("--negatives", "original", "--mode", "pairwise"),
     ],

@@ -166,7 +166,7 @@ def test_accumulation_and_packing_do_not_matter(
 
 def first_loss_by_hand(rows: list[dict[str, Any]], scores: list[list[float]], **choice: Any) -> float:
     """Mean over the groups of the loss as its formula is written, in plain numbers; the chosen score is the last."""
-    told: dict[str, Any] = {"mode": "contrastive", "weights": {}, "margins": {}, "row_margins": True, "first": False}
+    told: dict[str, Any] = {"mode": "contrastive", "weights": {}, "margins": {}, "row_margins": True}
     told |= {"centering": 0.0, "smoothing": 0.0, **choice}
     total = 0.0
     for row, (*rejected, chosen) in zip(rows, scores, strict=True):
@@ -177,7 +177,7 @@ def first_loss_by_hand(rows: list[dict[str, Any]], scores: list[list[float]], **
             (score, told["weights"].get(bias or "original", 1.0),
              (base if margin is None or not told["row_margins"] else margin) + told["margins"].get(bias or "original", 0.0))
             for score, bias, margin in zip(rejected, row["bias_type"], own, strict=True)
-        ][: 1 if told["first"] else None]  # fmt: skip
+        ]  # fmt: skip
         e, n = told["smoothing"], len(answers)
         if told["mode"] == "contrastive":
             logits = [(score + margin) / 0.5 for score, _, margin in answers]
@@ -202,7 +202,6 @@ CHOICES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "centering": (("--centering", "1"), {"centering": 1.0}),
     "smoothing": (("--label_smoothing", "0.2"), {"smoothing": 0.2}),
     "hinge": (("--mode", "pairwise"), {"mode": "hinge"}),
-    "first": (("--mode", "pairwise", "--pairwise_negatives", "first"), {"mode": "hinge", "first": True}),
     "bradley_terry": (("--mode", "pairwise", "--pairwise_loss", "bradley_terry"), {"mode": "bradley_terry"}),
 }
 
@@ -253,10 +252,6 @@ def test_a_sampled_group_has_the_loss_of_one_of_its_answers(
     [
         (("--bias_weights", "sycophancy=5,length=2"), "--bias_weights of sycophancy: training sees no such answers"),
         (("--bias_weights", "length=2", "--negatives", "original"), "--bias_weights of length: training sees no such"),
-        (
-            ("--bias_margins", "length=2", "--mode", "pairwise", "--pairwise_negatives", "first"),
-            "--bias_margins of length",
-        ),
         (("--pairwise_loss", "bradley_terry"), "--pairwise_loss bradley_terry: --mode contrastive does not use it"),
         (("--temperature", "0.1", "--mode", "pairwise"), "--temperature 0.1: --mode pairwise does not use it"),
         (("--lora_alpha", "8"), "--lora_alpha 8: --lora_rank 0 does not use it"),
@@ -295,7 +290,6 @@ def test_settings_with_an_effect_are_not_named(
     [
         ("--bias_weights", "original=0,length=0,beauty=0,authority=0"),
         ("--bias_weights", "original=0", "--negatives", "original"),
-        ("--bias_weights", "original=0", "--mode", "pairwise", "--pairwise_negatives", "first"),
     ],
 )
 def test_weights_that_leave_nothing_to_learn_are_refused(
@@ -305,21 +299,6 @@ def test_weights_that_leave_nothing_to_learn_are_refused(
         with pytest.raises(ContrastRMError, match="gives weight 0 to every rejected answer of the data.*above 0"):
             train_here(tiny_base_dir, train_file, tmp_path / "out", *settings, "--estimate", estimate)
     assert not list((tmp_path / "out").glob("*.safetensors"))
-
-
-def test_first_negative_equals_a_file_with_one_negative(
-    tiny_base_dir: Path, uneven_rows: list[dict[str, Any]], write_rows: Callable[..., Path], tmp_path: Path
-) -> None:
-    for row in uneven_rows:
-        row.pop("margin", None)
-    one = [row | {"rejected": row["rejected"][:1], "bias_type": [None]} for row in uneven_rows]
-    extra = ("--mode", "pairwise", "--global_batch_size", "4")
-    many = train_here(
-        tiny_base_dir, write_rows("many.jsonl", uneven_rows), tmp_path / "many", *extra, "--pairwise_negatives", "first"
-    )
-    single = train_here(tiny_base_dir, write_rows("one.jsonl", one), tmp_path / "one", *extra)
-    assert losses(many) == losses(single)
-    assert_same_weights(tmp_path / "many", tmp_path / "one", 0.0)
 
 
 def test_two_ranks_equal_one(tiny_base_dir: Path, train_file: Path, tmp_path: Path) -> None:

@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from codes.common.chat import ChatFormatter
 from codes.common.errors import ContrastRMError
 from codes.common.scoring import Scorer
 from codes.train import memory
-from codes.train.engine import compile_backbone
 from codes.train.reward_model import load_reward_model
 from codes.train.train_reward_model import build_parser, main
 from tests.conftest import REPO_ROOT, finish, launch_training
@@ -252,26 +250,6 @@ def test_a_home_folder_does_not_configure_the_run(tmp_path: Path, monkeypatch: p
         args, defaults, _ = launch._validate_launch_command(parsed)
         assert (args.gpu_ids, args.num_processes, args.mixed_precision) == ("all", 2, "no")
         assert not args.gradient_accumulation_steps and not defaults.deepspeed_config
-
-
-# --- torch.compile
-
-
-def test_compiled_padded_batches_score_the_same(tiny_base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokenizer = load_reward_model(str(tiny_base_dir), dtype="float32", require_head=False)
-    scorer = Scorer(model, ChatFormatter(tokenizer), packing="off", progress=False)
-    before, names = scorer.score(CONVERSATIONS).scores, set(model.state_dict())
-    cpu = torch.device("cpu")
-    with pytest.raises(ContrastRMError, match="needs --packing off, this run has shared"):
-        compile_backbone(model, packing="shared", device=cpu)
-    with pytest.raises(ContrastRMError, match="is for GPUs"):
-        compile_backbone(model, packing="off", device=cpu)
-    compile_backbone(model, packing="off", device=cpu, backend="eager")
-    assert set(model.state_dict()) == names
-    assert scorer.score(CONVERSATIONS).scores == pytest.approx(before, abs=1e-5)
-    monkeypatch.setattr("codes.train.engine.zero_stage", lambda: 3)
-    with pytest.raises(ContrastRMError, match="does not work with ZeRO-3"):
-        compile_backbone(model, packing="off", device=cpu, backend="eager")
 
 
 # --- the commands of the documentation

@@ -35,7 +35,6 @@ from benchmarks.padded import add_scoring_arguments, read_asked_texts, scoring_f
 from codes.common.chat import ChatFormatter
 from codes.common.cli import natural, run
 from codes.common.errors import ContrastRMError
-from codes.common.fused import resolve_fused_kernels
 from codes.common.packing import Pack, build_pack, plan_packs
 from codes.common.records import read_preference_file
 from codes.common.scoring import Scorer, collate_texts, default_token_budget, resolve_packing
@@ -89,7 +88,6 @@ def build_trainer(
     masters = keeps_master_weights(precision)
     model, tokenizer = load_reward_model(model_path, dtype="bfloat16" if masters else "float32")
     packing = resolve_packing(model, packing)
-    fused_kernels = resolve_fused_kernels(model, "auto", training_device(), gradients=True)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
     formatter = ChatFormatter(tokenizer, max_length=max_length, overlength="error")
@@ -127,7 +125,7 @@ def build_trainer(
         save_steps=0,
         keep_checkpoints=1,
         logging_steps=1,
-        fingerprint={"fused_kernels": fused_kernels},
+        fingerprint={},
     )
 
 
@@ -230,7 +228,6 @@ def run_training(
         "gradient_checkpointing": gradient_checkpointing,
         "temperature": temperature,
         "packing": trainer.packing,
-        "fused_kernels": trainer.fingerprint["fused_kernels"],
         "max_tokens_per_batch": budget,
         "micro_steps": trainer.accelerator.gradient_accumulation_steps,
         "n_compiled_while_timed": compiled,
@@ -275,7 +272,6 @@ def run_scoring(
     texts = read_asked_texts(files, percent, seed)
     place = resolve_device(device)
     model, tokenizer = load_reward_model(model_path, dtype=precision, device=place)
-    fused_kernels = resolve_fused_kernels(model, "auto", place, gradients=False)
     formatter = ChatFormatter(tokenizer)
     scorer = Scorer(model, formatter, packing=packing, max_tokens_per_batch=max_tokens_per_batch)
     encoded = formatter.encode(texts.conversations)
@@ -303,7 +299,6 @@ def run_scoring(
         "precision": precision,
         "device": str(place),
         "packing": scorer.packing,
-        "fused_kernels": fused_kernels,
         "max_tokens_per_batch": scorer.max_tokens_per_batch,
         **scoring_fields(result, texts, sum(len(text.input_ids) for text in encoded), scores_file),
     }

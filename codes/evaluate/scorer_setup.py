@@ -32,7 +32,6 @@ from codes.common.base_model import model_hash, resolve_model_path
 from codes.common.chat import OVERLENGTH_POLICIES, TEMPLATE_HELP, ChatFormatter, Conversation, RefusedTexts
 from codes.common.cli import is_first_process, natural
 from codes.common.errors import ContrastRMError
-from codes.common.fused import FUSED_KERNELS, resolve_fused_kernels
 from codes.common.ranks import Ranks, join_launch, local_device
 from codes.common.records import ReadReport, ensure_writable_folder, file_sha256, too_many_bad, write_json
 from codes.common.reporting import run_metadata
@@ -51,7 +50,6 @@ RUN_FIELDS = ("created_utc", "wall_seconds", "n_computed_tokens", "n_from_store"
 # The modules that turn a text into a score. A change of one of them makes every stored score another one's.
 SCORING_MODULES = (
     "codes.common.chat",
-    "codes.common.fused",
     "codes.common.packed_attention",
     "codes.common.packing",
     "codes.common.scoring",
@@ -89,12 +87,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="computed tokens of a batch; 0: what suits the device",
     )
     parser.add_argument("--packing", default="auto", choices=PACKINGS, help="auto: shared prefixes if the model can")
-    parser.add_argument(
-        "--fused_kernels",
-        default="auto",
-        choices=FUSED_KERNELS,
-        help="auto: on CUDA, those of liger-kernel if installed",
-    )
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: as the weights were saved")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--seed", type=int, default=42, help="chooses the rows of a limited run")
@@ -122,7 +114,6 @@ def load_scorer(
     overlength: str = "left",
     max_tokens_per_batch: int = 0,
     packing: str = "auto",
-    fused_kernels: str = "auto",
     dtype: str = "auto",
     device: str = "auto",
     attn_implementation: str | None = None,
@@ -168,7 +159,6 @@ def load_scorer(
         trust_remote_code=trust_remote_code,
         chat_template=chat_template,
     )
-    fused_kernels = resolve_fused_kernels(model, fused_kernels, place, gradients=False)
     limit = _length_limit(model, tokenizer, max_length)
     formatter = ChatFormatter(
         tokenizer, max_length=limit, overlength=overlength, n_embeddings=embedding_rows(model.classifier, tokenizer)
@@ -192,7 +182,6 @@ def load_scorer(
         "overlength": overlength,
         "max_tokens_per_batch": scorer.max_tokens_per_batch,
         "packing": scorer.packing,
-        "fused_kernels": fused_kernels,
         "dtype": str(next(model.classifier.base_model.parameters()).dtype).removeprefix("torch."),
         "device": _device_name(place),
         "attn_implementation": getattr(model.classifier.config, "_attn_implementation", None),
@@ -216,7 +205,7 @@ def making_of_scores(model: RewardModel, description: Mapping[str, Any]) -> dict
     config = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
     own_code = [sys.modules[name].__file__ for name in SCORING_MODULES]
     model_code = [inspect.getfile(type(part)) for part in (model.classifier, model.backbone)]
-    names = ("template_hash", "max_length", "overlength", "packing", "fused_kernels", "dtype", "attn_implementation")
+    names = ("template_hash", "max_length", "overlength", "packing", "dtype", "attn_implementation")
     device = torch.device(str(description["device"]).split()[0])
     return {
         "weights": loaded_weights_hash(model),

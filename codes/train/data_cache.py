@@ -213,13 +213,6 @@ class TokenCache(Sequence[Group]):
     def __len__(self) -> int:
         return len(self.group_offsets) - 1
 
-    def first_biases(self) -> dict[str, int]:
-        """The first rejected answers of the groups by injected bias; ``original``: none."""
-        numbers, counts = np.unique(self._text_biases[self.group_offsets[:-1]], return_counts=True)
-        return {
-            BIASES[number] or "original": count for number, count in zip(numbers.tolist(), counts.tolist(), strict=True)
-        }
-
     def record_id(self, number: int) -> str:
         """The id of a group's record."""
         first, stop = self._id_offsets[number : number + 2]

@@ -67,7 +67,6 @@ class Draws(Sequence[Group]):
         epochs: Epochs of the run.
         max_steps: Steps of the run instead; 0: what the epochs need.
         max_rejected: Most rejected answers of a draw, sampled anew each epoch; 0: all.
-        first_only: Only the first rejected answer of each group.
 
     Attributes:
         plan: The draws of every step.
@@ -87,11 +86,9 @@ class Draws(Sequence[Group]):
         max_steps: int,
         seed: int,
         max_rejected: int = 0,
-        first_only: bool = False,
     ) -> None:
         self.cache, self.seed = cache, seed
-        self._most = 1 if first_only else max_rejected
-        self._first_only = first_only
+        self._most = max_rejected
         self.quotas = epoch_quotas(cache.sizes, list(weights))
         self.epoch_size = sum(cache.sizes if self.quotas is None else self.quotas)
         self.steps_per_epoch = -(-self.epoch_size // global_batch_size)
@@ -140,9 +137,7 @@ class Draws(Sequence[Group]):
         position = np.arange(len(owner)) - (np.cumsum(n_texts) - n_texts)[owner]
         kept = np.ones(len(owner), dtype=bool)
         is_rejected = position < n_texts[owner] - 1
-        if self._first_only:
-            kept[is_rejected] = position[is_rejected] == 0
-        elif self._most:
+        if self._most:
             epoch = (numbers // self.epoch_size).astype(np.uint64)
             copy = self._copies[numbers].astype(np.uint64)
             keys = _mix(

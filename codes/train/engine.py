@@ -153,24 +153,6 @@ def split_weights(accelerator: Accelerator, model: torch.nn.Module) -> None:
         buffer.data = buffer.data.to(accelerator.device)
 
 
-def compile_backbone(model: RewardModel, *, packing: str, device: torch.device, backend: str = "inductor") -> None:
-    """``torch.compile`` for padded batches on a GPU.
-
-    Raises:
-        ContrastRMError: Where it does not work or gains nothing.
-    """
-    if packing != "off":
-        raise ContrastRMError(
-            f"--torch_compile 1 needs --packing off, this run has {packing}: every pack has another shape and would be "
-            "compiled anew (on a GPU its attention is compiled already)"
-        )
-    if device.type == "cpu" and backend == "inductor":
-        raise ContrastRMError("--torch_compile 1 is for GPUs: on a CPU it gains nothing and fails under autocast")
-    if zero_stage() == 3:
-        raise ContrastRMError("--torch_compile 1 does not work with ZeRO-3, which gathers weights between the layers")
-    model.backbone.compile(backend=backend, dynamic=True)
-
-
 def smallest_of_ranks(accelerator: Accelerator, value: int) -> int:
     """The smallest value that a process has; all of them must ask."""
     found: list[int] = accelerator.gather(torch.tensor([value], device=accelerator.device)).tolist()

@@ -433,7 +433,6 @@ def encode_held_out(
     formatter: ChatFormatter,
     *,
     negatives: str = "all",
-    first_negative_only: bool = False,
     max_rejected: int = 0,
     max_bad_rows: int = 0,
 ) -> HeldOutSet:
@@ -443,7 +442,7 @@ def encode_held_out(
     how much. Rows that the template refuses are added to the report's bad rows.
 
     Args:
-        negatives, first_negative_only, max_rejected: Which rejected answers training sees. Of more than ``max_rejected`` a
+        negatives, max_rejected: Which rejected answers training sees. Of more than ``max_rejected`` a
             sample that is the same in every evaluation.
 
     Raises:
@@ -496,7 +495,7 @@ def encode_held_out(
         texts,
         groups,
         kept_pairs,
-        _as_trained(groups, negatives=negatives, most=max_rejected, first=first_negative_only),
+        _as_trained(groups, negatives=negatives, most=max_rejected),
         {
             "n_groups": len(groups),
             "n_dropped_groups": len(whole) - len(groups),
@@ -543,14 +542,12 @@ def _without_dropped(
     return group.only(kept) if kept and group.chosen not in dropped else None
 
 
-def _as_trained(groups: Sequence[HeldOutGroup], *, negatives: str, most: int, first: bool) -> list[HeldOutGroup]:
+def _as_trained(groups: Sequence[HeldOutGroup], *, negatives: str, most: int) -> list[HeldOutGroup]:
     """Each group as training would see it; those without such negatives are left out."""
     usable = [
         [at for at, bias in enumerate(group.bias_types) if bias is None or negatives == "all"] for group in groups
     ]
-    if first:
-        usable = [positions[:1] for positions in usable]
-    elif most and groups:
+    if most and groups:
         sizes = np.array([len(positions) for positions in usable], dtype=np.int64)
         keys = np.array([_question_rank(group.question, group.chosen) for group in groups], dtype=np.uint64)
         kept = np.split(choose_negatives(sizes, keys, most), np.cumsum(sizes)[:-1])

@@ -22,7 +22,6 @@ from codes.train.losses import bradley_terry_loss, centering_loss, contrastive_l
 
 MODES = ("contrastive", "pairwise")
 PAIRWISE_LOSSES = ("hinge", "bradley_terry")
-PAIRWISE_NEGATIVES = ("all", "first")
 ROW_MARGINS = ("use", "ignore")
 # How a rejected answer without an injected bias is called where biases get numbers.
 ORIGINAL = "original"
@@ -55,7 +54,6 @@ class Objective:
     Attributes:
         temperature: Of the contrastive loss.
         margin: Of the pairwise losses, for answers without a margin in their record.
-        pairwise_negatives: ``all``, or ``first``: pairwise mode sees only the first rejected answer of each group.
         row_margins: ``use`` or ``ignore`` the ``margin`` of records.
         centering: Coefficient of the mean squared sum of the two scores of a pair.
         label_smoothing: In [0, 1).
@@ -65,7 +63,6 @@ class Objective:
     temperature: float
     margin: float
     pairwise_loss: str = "hinge"
-    pairwise_negatives: str = "all"
     bias_weights: Mapping[str, float] = field(default_factory=dict)
     bias_margins: Mapping[str, float] = field(default_factory=dict)
     row_margins: str = "use"
@@ -76,16 +73,10 @@ class Objective:
         for value, known in (
             (self.mode, MODES),
             (self.pairwise_loss, PAIRWISE_LOSSES),
-            (self.pairwise_negatives, PAIRWISE_NEGATIVES),
             (self.row_margins, ROW_MARGINS),
         ):
             if value not in known:
                 raise ContrastRMError(f"unknown choice {value!r} in the objective; known: {', '.join(known)}")
-
-    @property
-    def first_negative_only(self) -> bool:
-        """Whether groups are cut to their first rejected answer."""
-        return self.mode == "pairwise" and self.pairwise_negatives == "first"
 
     def check_against(self, biases: Mapping[str, int]) -> None:
         """Refuse weights under which no answer counts.
@@ -223,9 +214,6 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that refine the two objectives."""
     group = parser.add_argument_group("objective")
     group.add_argument("--pairwise_loss", choices=PAIRWISE_LOSSES, default="hinge", help="pairwise mode")
-    group.add_argument(
-        "--pairwise_negatives", choices=PAIRWISE_NEGATIVES, default="all", help="pairwise mode: of each record"
-    )
     group.add_argument(
         "--bias_weights", type=bias_numbers, default={}, help="weights of rejected answers: length=2,original=0.5"
     )

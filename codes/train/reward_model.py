@@ -35,17 +35,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from codes.common.base_model import resolve_model_path
-from codes.common.borrow import borrowed
+from codes.common.borrow import borrowed, few_layers_on
 from codes.common.chat import KNOWN_TEMPLATES, ChatFormatter, Conversation, last_token_ids, take_template
 from codes.common.errors import ContrastRMError
 from codes.common.files import permit, sync
-from codes.common.fused import (
-    few_layers_on,
-    install_fused_kernels,
-    kernel_failures,
-    remember_modules,
-    why_not_fusable,
-)
 from codes.common.packed_attention import FLEX_BLOCK, install_packed_attention, narrowed_windows, why_not_packable
 from codes.common.packing import PackLayout, build_pack
 from codes.common.records import ensure_writable_folder, write_json
@@ -248,50 +241,6 @@ class RewardModel(nn.Module):
         allowed = PROBE_GRADIENT_TOLERANCE if is_full else PROBE_GRADIENT_TOLERANCE_HALF
         return None if error <= allowed else f"the gradients of a probe pack differ from its texts' (by {error:.1e})"
 
-    def enable_fused_kernels(self, device: torch.device, *, gradients: bool) -> str | None:
-        """Compute norms and MLPs with fused kernels, if they give what the model gives without them.
-
-        Args:
-            device: Where the model will compute; it need not be there yet, but computes nowhere else from now on.
-            gradients: Compare gradients too: the model will be trained.
-
-        Returns:
-            None, or why not: then the model is as it was.
-        """
-        if not self.pools_last_token or not isinstance(getattr(self.backbone, "layers", None), nn.ModuleList):
-            return "it is not a decoder with a score head"
-        reason = why_not_fusable(self.backbone)
-        if reason is not None:
-            return reason
-        restore = remember_modules(self.backbone)
-        reason = "interrupted"
-        try:
-            expected = self._probe_layers(device, gradients)
-            install_fused_kernels(self.backbone)
-            reason = _difference(self._probe_layers(device, gradients), expected)
-        except kernel_failures() as failure:
-            reason = f"a probe fails in them: {str(failure).strip().partition(chr(10))[0] or type(failure).__name__}"
-        finally:
-            if reason is not None:
-                restore()
-        return reason
-
-    def _probe_layers(self, device: torch.device, gradients: bool) -> list[torch.Tensor]:
-        """Pooled hidden states of a padded batch in a few layers, and the gradients of these layers' trained weights."""
-        vocabulary = int(self.backbone.get_input_embeddings().weight.shape[0])
-        generator = torch.Generator().manual_seed(0)
-        lengths = torch.tensor([12, 9, 5, 1])
-        ids = torch.randint(0, vocabulary, (4, 12), generator=generator).to(device)
-        mask = (torch.arange(12) < lengths[:, None]).long().to(device)
-        with few_layers_on(self.backbone, device):
-            trained = [weight for weight in self.backbone.layers.parameters() if weight.requires_grad]
-            with torch.enable_grad() if gradients else torch.no_grad():
-                pooled = self._pooled(ids, mask)
-                if not gradients or not trained:
-                    return [pooled.detach()]
-                direction = torch.randn(pooled.shape, generator=generator).to(pooled)
-                return [pooled.detach(), *_gradients(pooled, direction, trained)]
-
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -374,17 +323,14 @@ def _relative_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tens
     return error
 
 
-def _difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> str | None:
-    """None where a probe's hidden states and gradients agree, or by how much they do not."""
-    is_full = expected[0].dtype in (torch.float32, torch.float64)
-    for one, other, allowed in (
-        (found[:1], expected[:1], PROBE_TOLERANCE if is_full else PROBE_TOLERANCE_HALF),
-        (found[1:], expected[1:], PROBE_GRADIENT_TOLERANCE if is_full else PROBE_GRADIENT_TOLERANCE_HALF),
-    ):
-        error = _relative_error(one, other)
-        if not error <= allowed:
-            return f"a probe differs from the model without them (relative error {error:.1e})"
-    return None
+def kernel_failures() -> tuple[type[Exception], ...]:
+    """What kernels raise that cannot be imported, compiled or run."""
+    failures: tuple[type[Exception], ...] = (ContrastRMError, ImportError, OSError, RuntimeError, ValueError, TypeError)
+    failures += (ArithmeticError, AttributeError, LookupError, AssertionError)
+    if "triton.errors" in sys.modules:
+        # Its own errors derive from Exception alone.
+        failures += (sys.modules["triton.errors"].TritonError,)
+    return failures
 
 
 def _use_float32_head(classifier: PreTrainedModel) -> None:

@@ -36,7 +36,6 @@ from codes.common.cli import (
     run,
 )
 from codes.common.errors import ContrastRMError, optional
-from codes.common.fused import FUSED_KERNELS, resolve_fused_kernels
 from codes.common.records import ensure_writable_folder, write_json, write_jsonl, write_text
 from codes.common.scoring import PACKINGS, Scorer, resolve_packing
 from codes.train.best_checkpoint import BEST_FILE, BestFolder, add_best_checkpoint_arguments, resolve_ranking
@@ -60,7 +59,6 @@ from codes.train.data_utils import NEGATIVES, count_micro_steps
 from codes.train.divergence import REPORT_FILE
 from codes.train.engine import (
     PRECISIONS,
-    compile_backbone,
     confirm_packing,
     keeps_master_weights,
     make_accelerator,
@@ -68,7 +66,6 @@ from codes.train.engine import (
     resolve_precision,
     set_accumulation,
     smallest_of_ranks,
-    training_device,
     under_deepspeed,
 )
 from codes.train.estimate import estimate, stop_on_contamination
@@ -158,8 +155,6 @@ def train(
     lora_dropout: float = 0.0,
     lora_target_modules: str = "all-linear",
     merge_lora: bool = True,
-    torch_compile: bool = False,
-    fused_kernels: str = "auto",
     reward_stats_groups: int = 256,
     held_out_share: float | str = 0,
     eval_file: str = "",
@@ -282,7 +277,6 @@ def train(
             held_out_records,
             formatter,
             negatives=negatives,
-            first_negative_only=objective.first_negative_only,
             max_rejected=max_rejected,
             max_bad_rows=max_bad_rows,
         )
@@ -300,8 +294,6 @@ def train(
             f"tokens; --max_length {rope.tokens} keeps a group's loss independent of its neighbours",
             file=sys.stderr,
         )
-    if torch_compile:
-        compile_backbone(model, packing=packing, device=training_device())
     accelerator = make_accelerator(precision="fp32" if master_weights else precision)
     if accelerator.num_processes != world_size:
         raise ContrastRMError(
@@ -353,13 +345,10 @@ def train(
             world_size=world_size,
             gradient_checkpointing=gradient_checkpointing,
         )
-    # After everything that computes with the model on the CPU, where these kernels do not run. Compiled code fuses by itself.
-    fused_kernels = resolve_fused_kernels(model, "off" if torch_compile else fused_kernels, device, gradients=True)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
     made_for = {
         "packing": packing,
-        "fused_kernels": fused_kernels,
         "micro_batch_size": micro_batch_size,
         "gradient_checkpointing": gradient_checkpointing,
         "attn_implementation": attn_implementation,
@@ -493,7 +482,7 @@ def train(
         BestFolder(folder).keep_only()
     if accelerator.is_main_process:
         remove_unfinished(folder)
-        resolved = {"resolved_precision": precision, "resolved_fused_kernels": fused_kernels, "world_size": world_size}
+        resolved = {"resolved_precision": precision, "world_size": world_size}
         write_json(folder / ARGUMENTS_FILE, arguments | resolved)
         if held_out_records is not None:
             write_jsonl(folder / HELD_OUT_FILE, (record.to_row() for record in held_out_records.records))
@@ -658,13 +647,6 @@ def add_product_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of what is saved, and of how the model is run."""
     group = parser.add_argument_group("model")
     group.add_argument("--chat_template", default="", help=TEMPLATE_HELP)
-    group.add_argument("--torch_compile", type=int, choices=(0, 1), default=0, help="on a GPU, with --packing off")
-    group.add_argument(
-        "--fused_kernels",
-        choices=FUSED_KERNELS,
-        default="auto",
-        help="auto: on CUDA, those of liger-kernel if installed",
-    )
     group.add_argument(
         "--reward_stats_groups", type=natural, default=256, help="groups that give reward_mean and reward_std; 0: none"
     )
@@ -673,7 +655,7 @@ def add_product_arguments(parser: argparse.ArgumentParser) -> None:
 def idle_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
     """Flags that were changed and that another flag makes idle, each with the reason."""
     owners = (
-        (args.mode == "contrastive", "--mode contrastive", ("margin", "pairwise_loss", "pairwise_negatives")),
+        (args.mode == "contrastive", "--mode contrastive", ("margin", "pairwise_loss")),
         (args.mode == "pairwise", "--mode pairwise", ("temperature",)),
         (
             not args.lora_rank,
@@ -699,7 +681,7 @@ def main(argv: list[str] | None = None) -> int:
     if options["attn_implementation"] == "auto":
         options["attn_implementation"] = None
     objective = take_objective(options)
-    switches = ("gradient_checkpointing", "trust_remote_code", "merge_lora", "torch_compile", "eval_on_start")
+    switches = ("gradient_checkpointing", "trust_remote_code", "merge_lora", "eval_on_start")
     for name in (*switches, "load_best_at_end", "estimate", "fail_on_contamination"):
         options[name] = bool(options[name])
     if options.pop("estimate"):

@@ -155,7 +155,6 @@ def open_training_data(
         max_steps=max_steps,
         seed=seed,
         max_rejected=max_rejected,
-        first_only=objective.first_negative_only,
     )
     data = TrainingData(sources, cache, draws, limit_in_force, tokenizer_sha256(formatter))
     return replace(data, without_effect=_without_effect(data, objective, max_rejected))
@@ -167,13 +166,12 @@ def _without_effect(data: TrainingData, objective: Objective, max_rejected: int)
     Raises:
         ContrastRMError: No answer counts.
     """
-    biases = data.cache.first_biases() if objective.first_negative_only else data.biases
-    objective.check_against(biases)
-    found = objective.without_effect(biases, n_margins=sum(counts.n_margins for counts in data.cache.source_counts))
+    objective.check_against(data.biases)
+    found = objective.without_effect(
+        data.biases, n_margins=sum(counts.n_margins for counts in data.cache.source_counts)
+    )
     largest = int(np.diff(data.cache.group_offsets).max()) - 1
-    if max_rejected and objective.first_negative_only:
-        found.append(f"--max_rejected {max_rejected}: --pairwise_negatives first takes one of each record")
-    elif max_rejected and max_rejected >= largest:
+    if max_rejected and max_rejected >= largest:
         found.append(f"--max_rejected {max_rejected}: no record has more than {largest} rejected answers")
     return found
 
