@@ -115,8 +115,9 @@ add_flag --requests_per_minute "$REQUESTS_PER_MINUTE"
 add_flag --tokens_per_minute "$TOKENS_PER_MINUTE"
 [[ "$ESTIMATE" != 1 ]] || api_flags+=(--estimate)
 [[ "$RETRY_FAILED" != 1 ]] || api_flags+=(--retry_failed)
-# The embedded server puts its own address and model into the environment: nothing may override them.
-[[ "$GENERATOR" == embedded ]] || add_flag --api_base_url "$API_BASE_URL"
+# Through the environment: command lines are seen by every user of the machine. The embedded server puts its own address and
+# model there: nothing may override them.
+[[ "$GENERATOR" == embedded || -z "$API_BASE_URL" ]] || export OPENAI_BASE_URL="$API_BASE_URL"
 writer_flags=()
 judge_flags=()
 [[ "$GENERATOR" == embedded || -z "$API_MODEL" ]] || writer_flags+=(--api_model "$API_MODEL")

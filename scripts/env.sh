@@ -30,11 +30,12 @@ say() { printf '[setup] %s\n' "$*" >&2; }
 
 is_dry_run() { [[ "${DRY_RUN:-0}" == 1 ]]; }
 
-# One command as one shell-quoted line that can be pasted.
+# One command as one shell-quoted line that can be pasted, without the secrets that an address in it may hold.
 print_command() {
   local line
   printf -v line '%q ' "$@"
-  printf '%s\n' "${line% }"
+  sed -E -e 's#(://)[^/@ ]*@#\1...@#g' -e 's#(\?|\&)([a-z_-]*(token|key|secret|sig|pass)[a-z_-]*=)[^& \]*#\1\2...#Ig' \
+    <<<"${line% }"
 }
 
 # For a launcher with one command: become that command, so that signals reach it and its exit code is ours.

@@ -220,9 +220,14 @@ CHOICES = {
 }
 
 
+# Knobs that reach the steps through the environment, never on a command line: the tests of whole constructions use it.
+IN_THE_ENVIRONMENT = ("API_BASE_URL",)
+
+
 def other_values(name: str, environment: dict[str, str]) -> dict[str, str]:
     choices = {**CHOICES, "GENERATOR": "api"} if name == "run_all" else CHOICES
-    return {knob: choices.get(knob, f"sentinel/{knob.lower()}") for knob in knobs_of(name)}
+    knobs = [knob for knob in knobs_of(name) if knob not in IN_THE_ENVIRONMENT]
+    return {knob: choices.get(knob, f"sentinel/{knob.lower()}") for knob in knobs}
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
@@ -400,6 +405,19 @@ def test_the_embedded_server_decides_on_model_and_address(environment: dict[str,
     assert written.endswith("--seed 9")
     assert "another" not in written + verified
     assert "elsewhere" not in written + verified
+
+
+def test_secrets_of_addresses_reach_no_command_line(environment: dict[str, str]) -> None:
+    """Other users of a machine see command lines; a dry run is pasted elsewhere."""
+    done = launch(
+        "run_construction",
+        {**environment, "OPENAI_API_KEY": "k", "API_MODEL": "m", "API_BASE_URL": "http://h/v1?key=hunter2"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert not any("hunter2" in line for line in recorded(environment))
+    address = "http://me:hunter2@host/score?v=1&api_token=hunter2&x=2"
+    done = launch("run_evaluation_rm", {**environment, "DRY_RUN": "1", "MODEL_PATH": "m"}, "--reward_url", address)
+    assert done.returncode == 0 and "hunter2" not in done.stdout and "//...@host/score" in done.stdout
 
 
 def test_construction_without_a_key_names_both_ways_out(environment: dict[str, str]) -> None:

@@ -470,7 +470,7 @@ def test_an_unusable_key_is_refused_without_being_shown(key: str) -> None:
     "url", ["", "api.openai.com/v1", "ftp://host/v1", "http://", "https://me:secret@host/v1", "http://[::1"]
 )
 def test_an_unusable_base_url_is_refused(url: str) -> None:
-    with pytest.raises(FatalApiError, match="base URL") as caught:
+    with pytest.raises(ContrastRMError, match="base URL") as caught:
         LlmClient(api_key=KEY, base_url=url)
     assert "secret" not in str(caught.value)
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import re
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -13,6 +18,7 @@ import pytest
 
 from codes.common.chat import Conversation
 from codes.common.errors import ContrastRMError
+from codes.common.llm import LlmClient
 from codes.evaluate.api import RemoteScorer
 
 Answer = Callable[[str, dict[str, Any]], tuple[int, Any]]
@@ -26,6 +32,7 @@ class Server:
         self.models: Any = {"object": "list", "data": [{"id": "served", "object": "model"}]}
         self.bodies: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
+        self.location = ""
         self.under_way = self.most_under_way = 0
         self.lock = threading.Lock()
         owner = self
@@ -52,6 +59,8 @@ class Server:
             def send(self, status: int, value: Any) -> None:
                 payload = value if isinstance(value, bytes) else json.dumps(value).encode()
                 self.send_response(status)
+                if 300 <= status < 400:
+                    self.send_header("Location", owner.location)
                 self.send_header("Content-Length", str(len(payload)))
                 self.end_headers()
                 self.wfile.write(payload)
@@ -199,6 +208,10 @@ def entry(**fields: Any) -> dict[str, Any]:
         ("/score", b'{"scores": [1.0, NaN]}', "2 finite numbers"),
         ("/score", {"scores": [1.0, None]}, "2 finite numbers"),
         ("/score", {"scores": {"0": 1.0}}, "2 finite numbers"),
+        ("/score", b'{"scores": [1.0, 1e39]}', "2 finite numbers"),  # infinite in float32
+        ("/score", b'{"scores": [1.0, ' + b"7" * 400 + b"]}", "2 finite numbers"),
+        ("/classify", b'{"data": [{"index": 0, "probs": [1e39]}]}', "one finite number"),
+        ("/score", b"\xff\xfe\x00", "answered no JSON"),
     ],
 )
 def test_an_answer_of_another_shape_is_refused(path: str, payload: Any, message: str, server: Server) -> None:
@@ -208,23 +221,6 @@ def test_an_answer_of_another_shape_is_refused(path: str, payload: Any, message:
     assert "\n" not in str(caught.value)
 
 
-def test_scores_in_the_wrong_order_are_noticed(server: Server) -> None:
-    def sorted_scores(path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        return 200, {"scores": sorted(value_of(turns) for turns in body["messages"])}
-
-    server.answer = sorted_scores
-    with pytest.raises(ContrastRMError, match="does not answer in the order of the texts"):
-        RemoteScorer(f"{server.url}/score", batch_size=4).score(conversations(9)[::-1])
-
-    def nearly(path: str, body: dict[str, Any]) -> tuple[int, Any]:  # as batches in bfloat16 differ
-        return 200, {"scores": [value_of(t) + 0.05 * k for k, t in enumerate(body["messages"])]}
-
-    server.answer = nearly
-    assert len(RemoteScorer(f"{server.url}/score", batch_size=4).score(conversations(9)).scores) == 9
-    server.answer = lambda path, body: (200, {"scores": [1.0] * len(body["messages"])})
-    assert set(RemoteScorer(f"{server.url}/score").score(conversations(9)).scores.tolist()) == {1.0}
-
-
 @pytest.mark.parametrize("path", ["/classify", "/score"])
 def test_a_busy_server_is_asked_again_and_a_refusal_is_not(path: str, server: Server) -> None:
     good = classify if path == "/classify" else scores
@@ -232,11 +228,8 @@ def test_a_busy_server_is_asked_again_and_a_refusal_is_not(path: str, server: Se
     server.answer = lambda p, body: next(faults, None) or good(p, body)
     assert RemoteScorer(server.url + path, concurrency=1).score(conversations(3)).scores.tolist() == EXPECTED[:3]
     n_before = len(server.bodies)
-    server.answer = lambda p, body: (
-        400,
-        {"error": {"message": "This model's maximum context length is 2048 tokens.\nPlease reduce", "code": 400}},
-    )
-    with pytest.raises(ContrastRMError, match=r"answered 400 .*maximum context length is 2048 tokens\. Please reduce"):
+    server.answer = lambda p, body: (400, {"error": {"message": "No such\nadapter", "code": 400}})
+    with pytest.raises(ContrastRMError, match=r"answered 400 .*No such adapter"):
         RemoteScorer(server.url + path, concurrency=1).score(conversations(50))
     assert len(server.bodies) < n_before + 50  # the rest is called off
     server.answer = lambda p, body: (500, {})
@@ -248,3 +241,144 @@ def test_nothing_to_score_asks_nothing(server: Server) -> None:
     for path in ("/classify", "/score"):
         assert RemoteScorer(server.url + path).score([]).scores.shape == (0,)
     assert server.bodies == []
+
+
+@pytest.mark.parametrize("path", ["/classify", "/score"])
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (400, {"error": {"message": "This model's maximum context length is 9 tokens.\nPlease reduce", "code": 400}}),
+        (422, {"detail": "Input validation error: `inputs` must have less than 512 tokens. Given: 600"}),
+        (413, {}),
+    ],
+)
+def test_a_text_that_is_too_long_for_the_server_has_no_score(path: str, status: int, said: Any, server: Server) -> None:
+    good = classify if path == "/classify" else scores
+
+    def answer(at: str, body: dict[str, Any]) -> tuple[int, Any]:
+        turns = [body["messages"]] if path == "/classify" else body["messages"]
+        return (status, said) if any(len(one[-1]["content"]) > 8 for one in turns) else good(at, body)
+
+    server.answer = answer
+    result = RemoteScorer(server.url + path, batch_size=4).score(conversations(10))
+    assert result.scores[:8].tolist() == EXPECTED[:8] and all(math.isnan(score) for score in result.scores[8:])
+    assert (result.n_texts, result.n_distinct, result.n_dropped) == (10, 8, 2)
+    with pytest.raises(ContrastRMError, match="finds every text too long"):
+        RemoteScorer(server.url + path).score(conversations(10)[8:])
+
+
+@pytest.mark.parametrize("path", ["/classify", "/score"])
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_texts_and_key_are_not_sent_on_to_another_address(
+    path: str, status: int, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REWARD_API_KEY", "a-key")
+    other = Server()
+    threading.Thread(target=other.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    other.answer = classify if path == "/classify" else scores
+    server.location = f"{other.url.replace('http://', 'http://someone:secret@')}{path}?token=secret"
+    server.answer = lambda at, body: (status, {})
+    with pytest.raises(ContrastRMError, match="sends requests on to .*nothing was sent there") as caught:
+        RemoteScorer(server.url + path).score(conversations(2))
+    other.http.shutdown()
+    other.http.server_close()
+    assert other.bodies == [] and other.url in str(caught.value) and "secret" not in str(caught.value)
+
+
+@contextmanager
+def raw_server(answer: Callable[[socket.socket, int], None]) -> Iterator[str]:
+    """Reads requests whole and lets ``answer`` write bytes for the n-th request of all; a thread a connection."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    counter = itertools.count()
+
+    def serve(connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            while True:
+                received = b""
+                while b"\r\n\r\n" not in received:
+                    part = connection.recv(65536)
+                    if not part:
+                        return
+                    received += part
+                head, _, body = received.partition(b"\r\n\r\n")
+                length = re.search(rb"(?i)content-length: *(\d+)", head)
+                assert length is not None
+                while len(body) < int(length[1]):
+                    body += connection.recv(65536)
+                answer(connection, next(counter))
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        listener.close()
+
+
+def whole(status: int, body: bytes) -> bytes:
+    return f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def test_a_response_that_nobody_asked_for_is_no_answer() -> None:
+    """A 503 with one complete response behind it: read from the same connection, it would be the next text's score."""
+
+    def answer(connection: socket.socket, n: int) -> None:
+        if n == 0:
+            connection.sendall(whole(503, b"{}") + whole(200, b'{"scores": [666.0]}'))
+        else:
+            connection.sendall(whole(200, json.dumps({"scores": [float(n)]}).encode()))
+
+    with raw_server(answer) as url:
+        assert RemoteScorer(f"{url}/score", batch_size=1).score(conversations(3)).scores.tolist() == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("part", ["head", "body"])
+def test_a_server_that_drips_ends_at_the_deadline(part: str) -> None:
+    def answer(connection: socket.socket, n: int) -> None:
+        text = whole(200, b'{"scores": [1.0, 2.0]}')
+        if part == "body":
+            head, _, text = text.partition(b"\r\n\r\n")
+            connection.sendall(head + b"\r\n\r\n")
+        for byte in text:
+            connection.sendall(bytes([byte]))
+            time.sleep(0.2)
+
+    with raw_server(answer) as url, pytest.raises(ContrastRMError, match=r"no whole answer within 0\.5 s"):
+        RemoteScorer(f"{url}/score", timeout_seconds=0.5, max_attempts=1).score(conversations(2))
+
+
+@pytest.mark.parametrize(
+    "url", ["http://user:secret@127.0.0.1:1/score", "https://host/score?token=secret", "host/score", "http://[/score"]
+)
+def test_an_address_with_a_secret_is_refused_without_repeating_it(url: str) -> None:
+    for make in (lambda: RemoteScorer(url), lambda: LlmClient(api_key="key", base_url=url)):
+        with pytest.raises(ContrastRMError, match=r"_API_KEY|must look like") as caught:
+            make()
+        assert "secret" not in str(caught.value) and "host/score" not in str(caught.value)
+
+
+def test_proxies(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server on this machine is asked directly; elsewhere an unspoken proxy is an error with its cure, a dead one is named."""
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    server.answer = scores
+    assert RemoteScorer(f"{server.url}/score").score(conversations(2)).scores.tolist() == EXPECTED[:2]
+    for make in (
+        lambda: RemoteScorer("http://reward.example/score"),
+        lambda: LlmClient(api_key="key", base_url="http://api.example/v1"),
+    ):
+        with pytest.raises(ContrastRMError, match="proxy for .*example is neither http nor https: set HTTP_PROXY"):
+            make()
+    monkeypatch.setenv("HTTP_PROXY", f"http://someone:secret@127.0.0.1:{free_port()}")
+    with pytest.raises(ContrastRMError, match=r"through the proxy http://127\.0\.0\.1:.*NO_PROXY") as caught:
+        RemoteScorer("http://reward.example/score", max_attempts=1).score(conversations(1))
+    assert "secret" not in str(caught.value)
+
+
+def free_port() -> int:
+    """A port where nobody listens now."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])

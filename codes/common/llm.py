@@ -18,14 +18,12 @@ import re
 import sys
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
@@ -48,6 +46,7 @@ from codes.common.llm_outcomes import (
     read_response,
     refused_parameter,
 )
+from codes.common.web import Connections, check_address, proxy_of
 
 __all__ = [
     "ApiError",
@@ -79,8 +78,6 @@ READ_AHEAD = 4
 # holds up the output; up to so many others are finished and wait in the ledger meanwhile.
 WINDOW = 64
 
-# Of the whole time-out, what the way to the server may take.
-CONNECT_SECONDS = 30.0
 # Keys as the large providers issue them: a gateway's message may hold the gateway's own.
 _KEY_LIKE = re.compile(
     r"\b(?:(?i:sk|pk|rk|gsk|xai|nvapi|r8)[-_][\w*.\-]{6,}|hf_\w{20,}|AIza[\w\-]{20,})|(?i:bearer)\s+[^\s\"',}]+"
@@ -137,55 +134,12 @@ def endpoint_of(base_url: str, *, keep_port: bool = True) -> str:
         keep_port: False for a server that has a new port in every run, and always the same model.
 
     Raises:
-        FatalApiError: It is no address of an API.
+        ContrastRMError: It is no address of an API.
     """
-    try:
-        parts = urlsplit(base_url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host, port, parts = None, None, urlsplit("")
-    if parts.scheme not in ("http", "https") or not host:
-        message = "the API base URL must look like https://host/v1; check --api_base_url or OPENAI_BASE_URL"
-        raise FatalApiError(message, reason="bad_base_url")
-    if parts.username or parts.password:
-        message = "the API base URL must not hold a user name or password; give the key in OPENAI_API_KEY"
-        raise FatalApiError(message, reason="bad_base_url")
+    parts = check_address(base_url, name="the API base URL (--api_base_url, OPENAI_BASE_URL)", key="OPENAI_API_KEY")
     scheme = "http://" if parts.scheme == "http" else ""
-    shown_port = f":{port}" if keep_port and port not in (None, 80 if scheme else 443) else ""
-    return scheme + host + shown_port + parts.path.rstrip("/")
-
-
-def _proxy_of(base_url: str) -> str | None:
-    """The proxy that the environment names for an address; a server on this machine is asked directly.
-
-    Raises:
-        FatalApiError: It is one of a kind that is not spoken here.
-    """
-    parts = urlsplit(base_url)
-    if parts.hostname in ("localhost", "127.0.0.1", "::1") or proxy_bypass(parts.hostname or ""):
-        return None
-    proxies = getproxies()
-    proxy = proxies.get(parts.scheme) or proxies.get("all")
-    if proxy and "://" not in proxy:
-        proxy = f"http://{proxy}"
-    if proxy and not proxy.lower().startswith(("http://", "https://")):
-        message = (
-            f"the proxy for {parts.hostname} is neither http nor https: set {parts.scheme.upper()}_PROXY to an HTTP proxy, or "
-            "put the host into NO_PROXY"
-        )
-        raise FatalApiError(message, reason="bad_proxy")
-    return proxy or None
-
-
-class _CleanConnector(aiohttp.TCPConnector):
-    """Closes a waiting connection on which the server said something unasked: it would be read as the next answer."""
-
-    async def _get(self, key: Any, traces: Any) -> Any:
-        while (connection := await super()._get(key, traces)) is not None:
-            if connection.protocol is not None and not connection.protocol.should_close:
-                return connection
-            connection.close()
-        return None
+    port = f":{parts.port}" if keep_port and parts.port not in (None, 80 if scheme else 443) else ""
+    return f"{scheme}{parts.hostname}{port}{parts.path.rstrip('/')}"
 
 
 class LlmClient:
@@ -212,22 +166,23 @@ class LlmClient:
             keep_port: See ``endpoint_of``.
 
         Raises:
-            FatalApiError: The key or the base URL cannot be used.
+            ContrastRMError: The key or the base URL cannot be used.
         """
         self._key = api_key.strip()
         if not self._key or not self._key.isascii() or not self._key.isprintable() or " " in self._key:
             message = "OPENAI_API_KEY is empty or holds characters that no key has; set it to the key alone"
             raise FatalApiError(message, reason="bad_key")
         self.endpoint = endpoint_of(base_url, keep_port=keep_port)
-        self.host = urlsplit(base_url).hostname or ""
+        parts = urlsplit(base_url)
+        self.host = parts.hostname or ""
         self._url = base_url.rstrip("/") + "/chat/completions"
-        self._proxy = _proxy_of(base_url)
+        self._proxy = proxy_of(parts)
         self._max_attempts = max(1, max_attempts)
         self._timeout = request_timeout
         # Parameters that a request was answered without, after the server had refused them by name.
         self.refused_parameters: set[str] = set()
         self._backoff = wait_random_exponential(multiplier=first_wait_seconds, max=MAX_WAIT_SECONDS)
-        self._idle: list[aiohttp.ClientSession] = []
+        self._connections = Connections({"authorization": f"Bearer {self._key}"}, request_timeout)
 
     async def __aenter__(self) -> LlmClient:
         return self
@@ -235,33 +190,7 @@ class LlmClient:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        while self._idle:
-            await self._idle.pop().close()
-
-    @asynccontextmanager
-    async def _connection(self) -> AsyncIterator[aiohttp.ClientSession]:
-        """A session of one connection, for one attempt at a time; the one used last is the next one.
-
-        After anything but an answer it is closed: what a server sends after an odd response, or after the caller has left, would
-        be read as the answer to the next request.
-        """
-        # Connections belong to one event loop, so they are made where the loop runs, when they are needed.
-        session = self._idle.pop() if self._idle else self._open_session()
-        try:
-            yield session
-        except BaseException:
-            await session.close()
-            raise
-        self._idle.append(session)
-
-    def _open_session(self) -> aiohttp.ClientSession:
-        return aiohttp.ClientSession(
-            connector=_CleanConnector(limit=1),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            headers={"authorization": f"Bearer {self._key}"},
-            # Of the whole attempt, however many bytes arrive meanwhile.
-            timeout=aiohttp.ClientTimeout(total=self._timeout, sock_connect=min(self._timeout, CONNECT_SECONDS)),
-        )
+        await self._connections.__aexit__(kind, error, trace)
 
     def scrub(self, text: str) -> str:
         """Take keys out of a text that people or files will see."""
@@ -353,7 +282,7 @@ class LlmClient:
         return completion
 
     async def _attempt(self, parameters: dict[str, Any]) -> Completion:
-        async with self._connection() as session:
+        async with self._connections.one() as session:
             try:
                 # No redirects: prompts and key would go to whoever answers at the other address.
                 async with session.post(

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, ClassVar, NoReturn, TypeAlias
-from urllib.parse import urlsplit
 
 from codes.common.errors import ContrastRMError
+from codes.common.web import origin_of
 
 # A server that asks for a longer pause than this has run out of a daily quota: stopping is more use than
 # sleeping.
@@ -300,15 +300,9 @@ def _status_error(
 
 
 def _redirect_error(status: int, location: str, scrub: Callable[[str], str]) -> FatalApiError:
-    try:
-        parts = urlsplit(location)
-        # Without its query, which may hold a secret.
-        target = scrub(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}" if parts.netloc else parts.path)[:200]
-    except ValueError:
-        target = "an address that is none"
     message = (
-        f"the server sends requests on to {target!r} (HTTP {status}), and nothing was sent there: prompts and key would go to "
-        "whoever answers at that address. If it is the right one, set OPENAI_BASE_URL / --api_base_url to it"
+        f"the server sends requests on to {scrub(origin_of(location))!r} (HTTP {status}), and nothing was sent there: prompts "
+        "and key would go to whoever answers at that address. If it is the right one, set OPENAI_BASE_URL / --api_base_url to it"
     )
     return FatalApiError(message, reason="redirect", usage=NOT_BILLED)
 

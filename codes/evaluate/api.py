@@ -11,32 +11,35 @@ both answers at once and gives no scores, is a ``PairJudge``.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import os
+import re
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from http.client import HTTPException
 from typing import Any, Literal, Protocol
-from urllib.parse import urlsplit
 
+import aiohttp
 import numpy as np
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 from tqdm import tqdm
 
 from codes.common.chat import Conversation
 from codes.common.errors import ContrastRMError
 from codes.common.records import Message, messages_to_text
 from codes.common.scoring import ScoreResult
+from codes.common.web import Connections, check_address, origin_of, proxy_of
 
 RETRIABLE_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 # vLLM's endpoints, and the field of an answer's entry that holds the numbers.
 VLLM_ENDPOINTS = {"classify": "probs", "pooling": "data"}
+# How servers say that a text is longer than their model takes: vLLM, SGLang, text-embeddings-inference.
+TOO_LONG = re.compile(
+    r"context length|max_model_len|(too|is) long|longer than|exceeds? .*(length|tokens)|must have less than", re.I
+)
 # Fewer raw scores than this may all lie in [0, 1] by chance.
 MIN_SCORES_TO_SUSPECT = 20
 
@@ -99,17 +102,21 @@ class RemoteScorer:
       model's name is looked up at ``/v1/models``.
     * any other address: ``{"texts": [...], "messages": [[...]]}`` brings ``{"scores": [...]}``. ``texts`` holds every
       conversation as plain text, ``messages`` the same as chat turns, for a server with a chat template of its own.
-      One number a text comes back, in the same order; that is tried out on the first batch.
+      One number a text comes back, in the same order.
 
-    The environment variable REWARD_API_KEY, where it is set, is sent as a bearer token.
+    A text that the server says is too long has no score, as under ``--overlength drop``; it is counted. The environment variable
+    REWARD_API_KEY, where it is set, is sent as a bearer token, and to no other address: redirects are refused.
 
     Args:
         url: Where to post.
         batch_size: Texts of one request to a server of the second kind.
         concurrency: Requests at a time to a server of the first kind.
-        timeout_seconds: Longest wait for one answer.
+        timeout_seconds: Longest wait for one whole answer.
         max_attempts: Tries for one request, with growing pauses, while the server is busy or unreachable.
         model: The model's name at a server that has several; None: its only one.
+
+    Raises:
+        ContrastRMError: The address is none, holds a secret, or lies behind a proxy of a kind that is not spoken.
 
     Source: https://docs.vllm.ai/en/stable/models/pooling_models/ and ``vllm/entrypoints/pooling`` (request and answer
         types).
@@ -125,16 +132,17 @@ class RemoteScorer:
         max_attempts: int = 5,
         model: str | None = None,
     ) -> None:
-        if urlsplit(url).scheme not in ("http", "https"):
-            raise ContrastRMError(f"--reward_url must begin with http:// or https://, not {url!r}")
+        self._parts = check_address(url, name="--reward_url", key="REWARD_API_KEY")
+        self._proxy = proxy_of(self._parts)
         self.url = url
         self.batch_size = batch_size
         self.concurrency = concurrency
         self.timeout_seconds = timeout_seconds
         self.max_attempts = max_attempts
-        self.endpoint = urlsplit(url).path.rstrip("/").rpartition("/")[2]
+        self.endpoint = self._parts.path.rstrip("/").rpartition("/")[2]
         self._model = model
-        self._key = os.environ.get("REWARD_API_KEY", "").strip()
+        key = os.environ.get("REWARD_API_KEY", "").strip()
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     @property
     def is_vllm(self) -> bool:
@@ -142,121 +150,118 @@ class RemoteScorer:
         return self.endpoint in VLLM_ENDPOINTS
 
     def score(self, conversations: Sequence[Conversation], description: str = "scoring") -> ScoreResult:
-        """Score every distinct conversation once.
+        """Score every distinct conversation once; NaN where the server says that it is too long.
 
         Raises:
-            ContrastRMError: The server cannot be reached, refuses, or answers something else than one finite
-                number a text.
+            ContrastRMError: The server cannot be reached, refuses, answers something else than one finite number a text, or
+                finds every text too long.
         """
         started = time.perf_counter()
         keys = [json.dumps(conversation.turns(), sort_keys=True) for conversation in conversations]
         distinct = [json.loads(key) for key in dict.fromkeys(keys)]
-        scores = self._score_one_by_one(distinct, description) if self.is_vllm else self._score_in_batches(distinct)
+        scores = asyncio.run(self._score_all(distinct, description)) if distinct else []
         values = dict(zip(dict.fromkeys(keys), scores, strict=True))
+        n_dropped = sum(math.isnan(values[key]) for key in keys)
+        if keys and n_dropped == len(keys):
+            raise ContrastRMError(f"{self.url} finds every text too long: serve the model with a longer context")
         return ScoreResult(
             scores=np.array([values[key] for key in keys], dtype=np.float32),
             n_texts=len(keys),
-            n_distinct=len(distinct),
+            n_distinct=sum(not math.isnan(score) for score in scores),
             n_truncated=0,
             n_answer_cut=0,
-            n_dropped=0,
+            n_dropped=n_dropped,
             n_tokens=0,
             n_computed_tokens=0,
             seconds=time.perf_counter() - started,
         )
 
-    # --- a plain JSON server ---
+    async def _score_all(self, conversations: Sequence[Turns], description: str) -> list[float]:
+        size = 1 if self.is_vllm else self.batch_size
+        batches = [conversations[start : start + size] for start in range(0, len(conversations), size)]
+        async with Connections(self._headers, self.timeout_seconds) as connections:
+            name = await self._model_name(connections) if self.is_vllm else None
+            found: list[list[float]] = [[] for _ in batches]
+            with tqdm(total=len(conversations), desc=description, unit="text") as bar:
 
-    def _score_in_batches(self, conversations: Sequence[Turns]) -> list[float]:
-        scores: list[float] = []
-        for start in range(0, len(conversations), self.batch_size):
-            batch = conversations[start : start + self.batch_size]
-            found = self._score_batch(batch)
-            if start == 0 and len(batch) > 1:
-                self._check_order(batch, found)
-            scores += found
-        return scores
+                async def work(places: Iterator[int]) -> None:
+                    for place in places:  # the workers share one iterator: each batch is taken once
+                        found[place] = await self._score_batch(connections, batches[place], name)
+                        bar.update(len(batches[place]))
 
-    def _score_batch(self, conversations: Sequence[Turns]) -> list[float]:
-        body = {"texts": [messages_to_text(turns) for turns in conversations], "messages": conversations}
-        answer = self._ask(body)
-        scores = answer.get("scores") if isinstance(answer, dict) else None
-        numbers = isinstance(scores, list) and all(_is_finite_number(score) for score in scores)
-        if not isinstance(scores, list) or not numbers or len(scores) != len(conversations):
-            raise ContrastRMError(
-                f'{self.url} must answer {{"scores": [...]}}, {len(conversations)} finite numbers; got {_short(answer)}'
-            )
-        return [float(score) for score in scores]
-
-    def _check_order(self, batch: Sequence[Turns], scores: Sequence[float]) -> None:
-        """Ask for the same texts in reverse: scores that stay at their places belong to other texts."""
-        again = self._score_batch(batch[::-1])
-        by_text = sum(abs(old - new) for old, new in zip(scores, again[::-1], strict=True))
-        by_place = sum(abs(old - new) for old, new in zip(scores, again, strict=True))
-        if by_place < by_text / 2:
-            raise ContrastRMError(
-                f"{self.url} does not answer in the order of the texts: the same {len(batch)} texts in reverse order "
-                "brought other scores for them; let the server keep the order of its input"
-            )
-
-    # --- vLLM ---
-
-    def _score_one_by_one(self, conversations: Sequence[Turns], description: str) -> list[float]:
-        if not conversations:
-            return []
-        name = self._model_name()
-        pool = ThreadPoolExecutor(max_workers=self.concurrency)
-        try:
-            asked = [pool.submit(self._score_turns, turns, name) for turns in conversations]
-            scores = [future.result() for future in tqdm(asked, desc=description, unit="text")]
-        finally:
-            # After an error nobody needs the rest.
-            pool.shutdown(wait=True, cancel_futures=True)
-        if len(scores) >= MIN_SCORES_TO_SUSPECT and all(0 <= score <= 1 for score in scores):
+                await run_together(work, iter(range(len(batches))), self.concurrency if self.is_vllm else 1)
+        scores = [score for batch in found for score in batch]
+        known = [score for score in scores if not math.isnan(score)]
+        if self.is_vllm and len(known) >= MIN_SCORES_TO_SUSPECT and all(0 <= score <= 1 for score in known):
             print(
-                f"note: all {len(scores)} scores of {self.url} lie in [0, 1]: the server seems to apply a sigmoid, which "
+                f"note: all {len(known)} scores of {self.url} lie in [0, 1]: the server seems to apply a sigmoid, which "
                 'makes large scores tie; serve the model with problem_type "regression" in its config.json, or a vLLM '
                 "that knows use_activation",
                 file=sys.stderr,
             )
         return scores
 
-    def _score_turns(self, turns: Turns, model: str | None) -> float:
+    async def _score_batch(self, connections: Connections, batch: Sequence[Turns], model: str | None) -> list[float]:
+        """The scores of one request; where one of its texts is too long, of a request a text."""
+        try:
+            if self.is_vllm:
+                return [self._one_score(await self._ask(connections, self._vllm_body(batch[0], model)))]
+            body = {"texts": [messages_to_text(turns) for turns in batch], "messages": batch}
+            return self._scores_of(await self._ask(connections, body), len(batch))
+        except ServerRefusalError as error:
+            if error.status not in (400, 413, 422) or not (error.status == 413 or TOO_LONG.search(str(error))):
+                raise
+        if len(batch) == 1:
+            return [math.nan]
+        return [(await self._score_batch(connections, [turns], model))[0] for turns in batch]
+
+    def _scores_of(self, answer: Any, n_texts: int) -> list[float]:
+        """The scores of a plain JSON server."""
+        scores = answer.get("scores") if isinstance(answer, dict) else None
+        numbers = [_finite(score) for score in scores] if isinstance(scores, list) else []
+        known = [number for number in numbers if number is not None]
+        if len(known) != n_texts or len(numbers) != n_texts:
+            raise ContrastRMError(
+                f'{self.url} must answer {{"scores": [...]}}, {n_texts} finite numbers; got {_short(answer)}'
+            )
+        return known
+
+    # --- vLLM ---
+
+    def _vllm_body(self, turns: Turns, model: str | None) -> dict[str, Any]:
         body: dict[str, Any] = {"messages": turns, "use_activation": False}
         if self.endpoint == "pooling":
             body |= {"task": "classify", "encoding_format": "float"}
-        if model is not None:
-            body["model"] = model
-        answer = self._ask(body)
+        return body if model is None else body | {"model": model}
+
+    def _one_score(self, answer: Any) -> float:
         data = answer.get("data") if isinstance(answer, dict) else None
         entry = data[0] if isinstance(data, list) and len(data) == 1 else None
         if not isinstance(entry, dict) or entry.get("index", 0) != 0:
             raise ContrastRMError(f"{self.url} must answer one entry of data a request; got {_short(answer)}")
-        return self._one_number(entry.get(VLLM_ENDPOINTS[self.endpoint]))
-
-    def _one_number(self, values: Any) -> float:
+        values = entry.get(VLLM_ENDPOINTS[self.endpoint])
         if isinstance(values, list) and values and all(isinstance(value, list) for value in values):
             values = values[-1]  # a value a token: the score is read at the last one
-        if not isinstance(values, list) or len(values) != 1 or not _is_finite_number(values[0]):
+        number = _finite(values[0]) if isinstance(values, list) and len(values) == 1 else None
+        if number is None:
             raise ContrastRMError(
                 f"{self.url} must answer one finite number a text in {VLLM_ENDPOINTS[self.endpoint]!r}; got "
                 f"{_short(values)}; is it a reward model with one label, served with --runner pooling?"
             )
-        return float(values[0])
+        return number
 
-    def _model_name(self) -> str | None:
+    async def _model_name(self, connections: Connections) -> str | None:
         """The model to ask for; None where the server has no list of models."""
-        parts = urlsplit(self.url)
-        base = parts.path.rstrip("/").removesuffix(f"/{self.endpoint}").removesuffix("/v1")
-        address = parts._replace(path=f"{base}/v1/models", query="", fragment="").geturl()
+        base = self._parts.path.rstrip("/").removesuffix(f"/{self.endpoint}").removesuffix("/v1")
+        address = self._parts._replace(path=f"{base}/v1/models").geturl()
         try:
-            answer = self._retrying()(self._send, address, None)
+            answer: Any = await self._retrying()(self._send, connections, address, None)
         except ServerRefusalError as error:
             if error.status in (404, 405):
                 return self._model
             raise
-        found = answer.get("data") if isinstance(answer, dict) else None
-        names = [entry.get("id") for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+        entries = answer.get("data") if isinstance(answer, dict) else None
+        names = [entry.get("id") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
         if self._model in names:
             return self._model
         if len(names) == 1 and isinstance(names[0], str):
@@ -265,46 +270,75 @@ class RemoteScorer:
 
     # --- HTTP ---
 
-    def _retrying(self) -> Retrying:
-        return Retrying(
+    def _retrying(self) -> AsyncRetrying:
+        return AsyncRetrying(
             retry=retry_if_exception_type(ServerBusyError),
             stop=stop_after_attempt(self.max_attempts),
             wait=wait_random_exponential(multiplier=0.1, max=30),
             reraise=True,
         )
 
-    def _ask(self, body: dict[str, Any]) -> Any:
-        return self._retrying()(self._send, self.url, json.dumps(body).encode())
+    async def _ask(self, connections: Connections, body: dict[str, Any]) -> Any:
+        return await self._retrying()(self._send, connections, self.url, body)
 
-    def _send(self, url: str, body: bytes | None) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        request = urllib.request.Request(url, data=body, headers=headers)
+    async def _send(self, connections: Connections, url: str, body: dict[str, Any] | None) -> Any:
+        method = "GET" if body is None else "POST"
+        async with connections.one() as session:
+            try:
+                # No redirects: texts and key would go to whoever answers at the other address.
+                async with session.request(
+                    method, url, json=body, allow_redirects=False, proxy=self._proxy
+                ) as response:
+                    content = await response.read()
+            except TimeoutError:
+                raise ServerBusyError(f"{url} gave no whole answer within {self.timeout_seconds:g} s") from None
+            except (aiohttp.ClientError, OSError, ValueError) as error:
+                # Without its chain: the library's error holds the request, and that holds the key.
+                through = "" if self._proxy is None else f" through the proxy {origin_of(self._proxy)}"
+                cure = "is the server up?" if self._proxy is None else "NO_PROXY names hosts that are asked directly"
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                raise ServerBusyError(f"cannot reach {url}{through}: {reason}; {cure}") from None
+            return self._read(url, response, content)
+
+    def _read(self, url: str, response: aiohttp.ClientResponse, content: bytes) -> Any:
+        """The JSON of a whole answer.
+
+        Raises:
+            ContrastRMError: It is a redirect, a refusal or no JSON.
+        """
+        if 300 <= response.status < 400:
+            target = origin_of(response.headers.get("location", ""))
+            raise ContrastRMError(
+                f"{url} sends requests on to {target!r} (HTTP {response.status}), and nothing was sent there; if that is the "
+                "right address, give it as --reward_url"
+            )
+        if response.status != 200:
+            said = f"{url} answered {response.status} {response.reason}{_server_message(content)}; look at the server's log"
+            if response.status in RETRIABLE_STATUSES:
+                raise ServerBusyError(said)
+            raise ServerRefusalError(said, response.status)
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout_seconds) as answer:
-                text = answer.read()
-        except urllib.error.HTTPError as error:
-            message = _server_message(error)
-            error.close()
-            said = f"{url} answered {error.code} {error.reason}{message}; look at the server's log"
-            if error.code in RETRIABLE_STATUSES:
-                raise ServerBusyError(said) from error
-            raise ServerRefusalError(said, error.code) from error
-        except (OSError, HTTPException) as error:
-            reason = getattr(error, "reason", None) or error
-            raise ServerBusyError(f"cannot reach {url}: {reason}; is the server up?") from error
-        try:
-            return json.loads(text)
+            return json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise ContrastRMError(f"{url} answered no JSON: {text[:80]!r}") from error
+            raise ContrastRMError(f"{url} answered no JSON: {content[:80]!r}") from error
 
 
-def _server_message(error: urllib.error.HTTPError) -> str:
+async def run_together(work: Callable[[Iterator[int]], Awaitable[None]], places: Iterator[int], n_workers: int) -> None:
+    """Run so many workers on one iterator; the first error ends them all."""
+    tasks = [asyncio.ensure_future(work(places)) for _ in range(n_workers)]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _server_message(content: bytes) -> str:
     """What the server itself says is wrong, shortened; nothing where it says nothing."""
     try:
-        value = json.loads(error.read(10_000))
-    except (ValueError, OSError, HTTPException, RecursionError):
+        value = json.loads(content[:10_000])
+    except (ValueError, RecursionError):
         return ""
     inner = value.get("error", value) if isinstance(value, dict) else None
     if not isinstance(inner, dict):
@@ -317,5 +351,12 @@ def _short(value: Any) -> str:
     return json.dumps(value)[:120]
 
 
-def _is_finite_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _finite(value: Any) -> float | None:
+    """The number as float32 holds it; None for what is no number, or none there (1e39, or 400 digits)."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if abs(number) <= float(np.finfo(np.float32).max) else None

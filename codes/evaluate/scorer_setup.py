@@ -97,7 +97,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help=f"file of scores that are computed once; auto: {STORE_FILE} in the model's results folder, and none for a server",
     )
-    parser.add_argument("--reward_url", default=None, help="a reward server; --model_path is then its name")
+    parser.add_argument("--reward_url", help="a reward server; --model_path is then its name, REWARD_API_KEY its key")
     parser.add_argument("--trust_remote_code", action="store_true", help="run model code from the model's own folder")
 
 
