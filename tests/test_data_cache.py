@@ -21,8 +21,9 @@ from codes.common.chat import ChatFormatter, Conversation
 from codes.common.errors import ContrastRMError
 from codes.common.packing import shared_tokens
 from codes.common.records import read_preference_file
+from codes.train.batches import group_costs
 from codes.train.data_cache import MANIFEST, Aside, TokenCache, load_training_groups
-from codes.train.data_utils import encode_groups, group_costs
+from codes.train.data_utils import encode_groups
 from codes.train.draws import Draws, choose_negatives
 from codes.train.sources import parse_sources
 from tests.conftest import CHATML, REPO_ROOT, chatml_tokenizer

@@ -25,13 +25,8 @@ from codes.common.errors import ContrastRMError
 from codes.common.packing import build_pack
 from codes.common.records import read_preference_file
 from codes.common.scoring import Scorer, resolve_packing
-from codes.train.data_utils import (
-    Group,
-    collate_groups,
-    count_micro_steps,
-    encode_groups,
-    shard_step,
-)
+from codes.train.batches import collate_groups, count_micro_steps, shard_step
+from codes.train.data_utils import Group, encode_groups
 from codes.train.engine import resolve_precision
 from codes.train.master_weights import MasterAdamW
 from codes.train.memory import activation_bytes_per_token, choose_token_budget, state_bytes

@@ -19,8 +19,8 @@ from transformers import LlamaForCausalLM
 
 from codes.common.scoring import resolve_packing
 from codes.train import memory
+from codes.train.batches import collate_groups, count_micro_steps, pack_groups, shard_step
 from codes.train.checkpoints import STATE_FILE, recorded_budget
-from codes.train.data_utils import collate_groups, count_micro_steps, pack_groups, shard_step
 from codes.train.draws import Draws
 from codes.train.lora import lora_settings
 from codes.train.memory import LEAST_TOKENS

@@ -38,7 +38,8 @@ from codes.common.errors import ContrastRMError
 from codes.common.packing import Pack, build_pack, plan_packs
 from codes.common.records import read_preference_file
 from codes.common.scoring import Scorer, collate_texts, default_token_budget, resolve_packing
-from codes.train.data_utils import Group, count_micro_steps, encode_groups, group_costs, pack_groups, shard_step
+from codes.train.batches import count_micro_steps, group_costs, pack_groups, shard_step
+from codes.train.data_utils import Group, encode_groups
 from codes.train.engine import keeps_master_weights, make_accelerator, prepare, set_accumulation, training_device
 from codes.train.objective import Objective
 from codes.train.reward_model import load_reward_model

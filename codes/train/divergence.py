@@ -16,7 +16,8 @@ from accelerate.utils import gather_object
 
 from codes.common.errors import ContrastRMError
 from codes.common.records import write_json
-from codes.train.data_utils import Group, MicroBatch
+from codes.train.batches import MicroBatch
+from codes.train.data_utils import Group
 
 REPORT_FILE = "nan_report.json"
 # Steps before the failure that the report shows.

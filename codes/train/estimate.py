@@ -16,8 +16,8 @@ from codes.common.biases import INJECTABLE
 from codes.common.errors import ContrastRMError
 from codes.common.records import ensure_writable_folder, write_json
 from codes.common.reporting import run_metadata
+from codes.train.batches import count_micro_steps
 from codes.train.contamination import CONTAMINATION_FILE, check_contamination, describe, expand_files
-from codes.train.data_utils import count_micro_steps
 from codes.train.held_out import aside_of, split_questions
 from codes.train.objective import ORIGINAL, Objective
 from codes.train.sources import parse_sources

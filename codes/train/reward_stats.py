@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from codes.train.data_utils import Group, collate_groups, count_micro_steps, group_tensors, pack_groups, shard_step
+from codes.train.batches import count_micro_steps, score_batch, shard_step
+from codes.train.data_utils import Group
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,11 @@ def reward_statistics(
     with torch.no_grad():
         for batch in batches:
             mine = [groups[index] for index in batch.groups]
-            if packing == "off":
-                inputs, sizes, weights = collate_groups(mine, batch.weights, pad_id)
-                scores = model(**{key: value.to(accelerator.device) for key, value in inputs.items()})
-            else:
-                on_gpu = accelerator.device.type == "cuda"
-                pack = pack_groups(mine, share=packing == "shared", on_gpu=on_gpu).to(accelerator.device)
-                sizes, weights = group_tensors(mine, batch.weights)
-                scores = model(pack.input_ids, layout=pack.layout, ends=pack.ends)
+            scores, sizes, weights = score_batch(
+                model, mine, batch.weights, packing=packing, pad_id=pad_id, device=accelerator.device
+            )
             # A group that only fills a place counts nothing.
-            counts = torch.repeat_interleave(weights, sizes).to(scores.device, torch.float64)
+            counts = torch.repeat_interleave(weights, sizes.to(weights.device)).double()
             values = scores.double()
             sums += torch.stack([counts.sum(), (counts * values).sum(), (counts * values.square()).sum()])
     model.train(was_training)

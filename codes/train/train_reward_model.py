@@ -38,6 +38,7 @@ from codes.common.cli import (
 from codes.common.errors import ContrastRMError, optional
 from codes.common.records import ensure_writable_folder, write_json, write_jsonl, write_text
 from codes.common.scoring import PACKINGS, Scorer, resolve_packing
+from codes.train.batches import count_micro_steps
 from codes.train.best_checkpoint import BEST_FILE, BestFolder, add_best_checkpoint_arguments, resolve_ranking
 from codes.train.checkpoints import (
     EARLIER_FOLDER,
@@ -55,7 +56,7 @@ from codes.train.checkpoints import (
     what_is_left,
 )
 from codes.train.contamination import CONTAMINATION_FILE, check_contamination, expand_files
-from codes.train.data_utils import NEGATIVES, count_micro_steps
+from codes.train.data_utils import NEGATIVES
 from codes.train.divergence import REPORT_FILE
 from codes.train.engine import (
     PRECISIONS,

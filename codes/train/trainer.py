@@ -23,8 +23,9 @@ from tqdm import tqdm
 from codes.common.errors import ContrastRMError, optional
 from codes.common.records import write_text
 from codes.common.scoring import is_out_of_memory
+from codes.train.batches import MicroBatch, score_batch, shard_step
 from codes.train.checkpoints import CONTINUE, disk_errors, list_checkpoints, load_checkpoint, save_checkpoint
-from codes.train.data_utils import Group, MicroBatch, collate_groups, group_tensors, pack_groups, shard_step
+from codes.train.data_utils import Group
 from codes.train.divergence import group_lines, write_nan_report
 from codes.train.objective import Objective
 from codes.train.signals import RunStopped, StopSignals, agree
@@ -406,15 +407,11 @@ def forward_batch(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scores ``(N,)``, losses ``(G,)``, weights ``(G,)`` and group sizes ``(G,)`` of a micro-batch."""
     groups = [all_groups[index] for index in batch.groups]
-    if packing == "off":
-        inputs, group_sizes, weights = collate_groups(groups, batch.weights, pad_id)
-        scores = model(**{key: value.to(device, non_blocking=True) for key, value in inputs.items()})
-    else:
-        pack = pack_groups(groups, share=packing == "shared", on_gpu=device.type == "cuda").to(device)
-        group_sizes, weights = group_tensors(groups, batch.weights)
-        scores = model(pack.input_ids, layout=pack.layout, ends=pack.ends)
+    scores, group_sizes, weights = score_batch(
+        model, groups, batch.weights, packing=packing, pad_id=pad_id, device=device
+    )
     losses = objective.group_losses(scores.float(), group_sizes, groups)
-    return scores, losses, weights.to(device, non_blocking=True), group_sizes
+    return scores, losses, weights, group_sizes
 
 
 def _step_sums(

@@ -17,7 +17,7 @@ import torch
 
 from codes.common.borrow import borrowed
 from codes.common.scoring import is_out_of_memory
-from codes.train.data_utils import MicroBatch, count_micro_steps, shard_step
+from codes.train.batches import MicroBatch, count_micro_steps, shard_step
 from codes.train.draws import Draws
 from codes.train.engine import autocast_dtype, under_deepspeed
 from codes.train.memory import LEAST_TOKENS, device_bytes, nothing_fits, training_state_bytes
