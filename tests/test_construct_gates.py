@@ -13,16 +13,19 @@ from hypothesis import strategies as st
 
 from codes.common.biases import INJECTABLE, eval_file_name
 from codes.common.records import iter_preference_file, read_bias_file
-from codes.construct.cues import CUES, cue_count, gained_cue, shows_cue
 from codes.construct.gate_rates import HELD_OUT, OWN_DATA, cue_rates, read_pairs
 from codes.construct.gates import (
     BOUNDS,
+    CUES,
     REASONS,
     answer_defect,
+    cue_count,
+    gained_cue,
     main_language,
     nearly_equal,
     normalised,
     question_defect,
+    shows_cue,
     similarity,
 )
 

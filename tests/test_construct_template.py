@@ -19,8 +19,7 @@ from codes.common.biases import INJECTABLE
 from codes.common.errors import ContrastRMError
 from codes.common.records import iter_preference_file
 from codes.construct import gptout
-from codes.construct.cues import gained_cue
-from codes.construct.gates import answer_defect, normalised
+from codes.construct.gates import answer_defect, gained_cue, normalised
 from codes.construct.template import TEMPLATE_VERSION, apply_template, without_hedges
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
@@ -213,7 +212,7 @@ def test_two_template_runs_share_no_work_folder(tmp_path: Path) -> None:
     write_rows(tmp_path / "in.jsonl", sample_rows(3))
     (tmp_path / "work").mkdir()
     holder = (
-        "import sys; from codes.construct.work_dir import hold_work_dir\n"
+        "import sys; from codes.construct.pipeline import hold_work_dir\n"
         "with hold_work_dir(sys.argv[1]): print('held', flush=True); input()"
     )
     command = [sys.executable, "-c", holder, str(tmp_path / "work")]

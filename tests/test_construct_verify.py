@@ -183,7 +183,7 @@ def rows_with_bad_negatives() -> list[dict[str, Any]]:
     rows = rows_with_bias(5)
     rows[0]["rejected"][0] = f"{BAD} {words('one')}"  # a bad original
     rows[1]["rejected"][1] = f"{BAD} {words('two')}"  # a bad injected answer
-    # Two bad ones: the judge meets the second when the first is gone.
+    # Two bad ones: the judge meets the second when the first is gone, so no good one is known.
     rows[3]["rejected"] = [f"{WORST} {words('three')}", words("x"), f"{BAD} {words('four')}"]
     rows[3] |= {"bias_type": [None, None, "length"]}
     rows[3]["injections"] = [{"index": 2, "bias": "length", "model": "writer", "source_index": 1}]
@@ -196,34 +196,40 @@ def test_a_bad_negative_is_dropped_and_what_remains_is_judged_again(tmp_path: Pa
     write_rows(tmp_path / "in.jsonl", rows)
     with ChatServer(fall_for_bad) as server:
         assert verify_correctness.main([*judge_flags(server, tmp_path), "--drop_bad_negatives"]) == 0
-    # Rounds: 5 records, then 0, 1 and 3 (4 has none left), then 3.
-    assert len(server.requests) == 2 * (5 + 3 + 1)
+    # Rounds: 5 records, then 0, 1 and 3 (4 has none left).
+    assert len(server.requests) == 2 * (5 + 3)
     judged, train = read_rows(tmp_path / "judged.jsonl"), read_rows(tmp_path / "train.jsonl")
     verdicts = [row["verify_correctness"] for row in judged]
-    assert verdicts == ["CHOSEN_IS_BEST"] * 4 + ["CHOSEN_NOT_BEST"]
+    assert verdicts == ["CHOSEN_IS_BEST"] * 3 + ["CHOSEN_NOT_BEST"] * 2
     assert [row["rejected"] for row in judged] == [
         rows[0]["rejected"][1:],
         rows[1]["rejected"][:1],
         rows[2]["rejected"],
-        [rows[3]["rejected"][1]],
+        rows[3]["rejected"],
         rows[4]["rejected"],
     ]
-    assert [row["bias_type"] for row in judged] == [["length"], [None], [None, "length"], [None], [None]]
-    assert train == judged[:4] and judged[1]["messages"] == MULTI_TURN
+    assert [row["bias_type"] for row in judged] == [
+        ["length"],
+        [None],
+        [None, "length"],
+        [None, None, "length"],
+        [None],
+    ]
+    assert train == judged[:3] and judged[1]["messages"] == MULTI_TURN
     # What points at a rejected answer by its position follows it.
     assert judged[0]["injections"] == [rows[0]["injections"][0] | {"index": 0, "source_index": None}]
-    assert judged[1]["injections"] == [] == judged[3]["injections"]
+    assert judged[1]["injections"] == [] and judged[3]["injections"] == rows[3]["injections"]
     dropped = [row["verification"]["dropped"] for row in judged]
-    assert [[entry["index"] for entry in entries] for entries in dropped] == [[0], [1], [], [0, 2], []]
+    assert [[entry["index"] for entry in entries] for entries in dropped] == [[0], [1], [], [], []]
     assert dropped[1][0]["bias"] == "length" and dropped[1][0]["injection"]["model"] == "writer"
-    assert [row["verification"]["n_rounds"] for row in judged] == [2, 2, 1, 3, 1]
-    for row in judged[:4]:
+    assert [row["verification"]["n_rounds"] for row in judged] == [2, 2, 1, 2, 1]
+    for row in judged[:3]:
         for order in row["verification"]["orders"]:
             assert order["picked"] == 0 and sorted(order["shown"]) == list(range(1 + len(row["rejected"])))
     section = section_of(tmp_path)
-    assert section["n_dropped_negatives"] == {"length": 2, "not injected": 2} and section["n_records_with_drops"] == 3
+    assert section["n_dropped_negatives"] == {"length": 1, "not injected": 1} and section["n_records_with_drops"] == 2
     assert section["first_round_verdicts"] == {"CHOSEN_IS_BEST": 1, "CHOSEN_NOT_BEST": 4}
-    assert section["n_rounds"] == 3 and section["n_train_rows"] == 4
+    assert section["n_rounds"] == 2 and section["n_train_rows"] == 3
     read_preference_file(tmp_path / "train.jsonl")
 
 

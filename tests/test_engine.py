@@ -46,7 +46,7 @@ from codes.common.llm_limits import (
     Need,
 )
 from codes.construct import api as construct_api
-from codes.construct.work_dir import request_failure
+from codes.construct.pipeline import request_failure
 
 KEY = "sk-test-0123456789abcdef0123456789"
 REPO_ROOT = Path(__file__).resolve().parents[1]

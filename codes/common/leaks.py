@@ -146,13 +146,14 @@ _ASKS_FOR_EDITING = _any_of(
 _QUESTION_END = 400
 
 
-def _plain(text: str) -> str:
-    return text.replace("\u2019", "'").replace("\u2018", "'").strip()
+def plain_quotes(text: str) -> str:
+    """A text with straight apostrophes, as the patterns have them."""
+    return text.replace("\u2019", "'").replace("\u2018", "'")
 
 
 def asks_for_editing(question: str) -> bool:
     """Whether a question asks for a text to be changed, so that an answer may speak as an editor does."""
-    question = _plain(question)
+    question = plain_quotes(question).strip()
     ends = f"{question[:_QUESTION_END]}\n{question[-_QUESTION_END:]}"
     return _ASKS_FOR_EDITING.search(ends) is not None
 
@@ -175,8 +176,8 @@ def find_leak(text: str, *, question: str = "", source: str = "") -> Leak | None
 
 
 def _preamble(text: str, question: str) -> str | None:
-    opening = _plain(text).lstrip("*_#\"' ")[:_OPENING_CHARACTERS].split("\n\n")[0]
-    asked = _plain(question).lower()
+    opening = plain_quotes(text).strip().lstrip("*_#\"' ")[:_OPENING_CHARACTERS].split("\n\n")[0]
+    asked = plain_quotes(question).lower()
     found = _OF_THE_ANSWER.search(opening)
     if found and not re.search(rf"\bassistant|\b{_ANSWER}\b", asked):
         return found.group(0)
@@ -194,7 +195,7 @@ def _preamble(text: str, question: str) -> str | None:
 
 
 def _meta_talk(text: str, question: str) -> str | None:
-    text = _plain(text)
+    text = plain_quotes(text).strip()
     opening, asked = text.lstrip("*_#\"' ")[:_OPENING_CHARACTERS], question.lower()
     found = _ABOUT_THE_USER.search(opening)
     if found and (not re.search(r"\busers?\b", asked) or _TO_ME.search(opening)):

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-# Their scripts write no blanks: a character is a word.
-_ONE_CHARACTER_WORDS = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
+# Thai, Lao, Myanmar, Khmer, Kana and Han are written without blanks, and endings change every word of Korean: a character
+# (and a vowel sign) is a word.
+ONE_CHARACTER_WORD = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 # Say how the sign before them is drawn.
 _VARIATION_SELECTORS = range(0xFE00, 0xFE10)
 
@@ -23,7 +24,7 @@ class _Spelling(dict[int, str]):
         if category == "Cf" or code in _VARIATION_SELECTORS:
             found = ""  # soft hyphens, zero-width joiners, marks of direction: nobody sees them
         elif category[0] in "LN" or category in ("Mn", "Mc"):  # vowel signs of Hindi or Thai are marks
-            found = f" {character} " if _ONE_CHARACTER_WORDS.match(character) else character
+            found = f" {character} " if ONE_CHARACTER_WORD.match(character) else character
         else:
             found = " "
         self[code] = found

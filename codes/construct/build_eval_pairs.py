@@ -1,8 +1,8 @@
 """Make bias-evaluation files from preference pairs of your own, in the public format.
 
 Reads preference records (JSONL); writes ``<output_dir>/<bias>_bias.jsonl`` for each bias, and ``<bias>_placebo.jsonl`` beside
-the files of ``gender`` and ``race``. Leaves ``failed.jsonl``, ``construction_report.json``, ``eval_rewrites.jsonl`` (the
-accepted rewrites) and the ledger in the work folder; run the same command again after a kill and it goes on where it stood.
+the files of ``gender`` and ``race``. Leaves ``failed.jsonl``, ``construction_report.json`` and the ledger in the work folder;
+run the same command again after a kill and it goes on where it stood.
 
 Example:
 ``python -m codes.construct.build_eval_pairs --input_file my_pairs.jsonl --output_dir output/my_eval``
@@ -17,7 +17,7 @@ one):
   same order with a sentence that says nothing of identity;
 * ``refinement-aware``: a model polishes one answer of each record, chosen or rejected by the toss of a seeded coin.
 
-Rewrites pass the gates of ``codes.construct.eval_gates``. ``--consistency``: a rewritten pair stays only if the judge still
+Rewrites pass the gates of ``codes.construct.gates``. ``--consistency``: a rewritten pair stays only if the judge still
 prefers the labelled answer, in both orders (``refinement-aware`` has no label and is not judged). In each file the better
 answer stands first in half of the rows, or in one row more or less. The format has one ``question`` text: a record of several
 turns is left out and counted, or with ``--multi_turn render`` becomes one text with its roles.
@@ -30,22 +30,16 @@ import os
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from codes.common.biases import BIASES, EVALUABLE, eval_file_name, get_bias
-from codes.common.cli import non_negative_float, positive, run
+from codes.common.cli import natural, non_negative_float, positive, run
 from codes.common.errors import ContrastRMError
-from codes.common.judging import (
-    MAX_UNREAD,
-    UnreadVerdicts,
-    add_unread_argument,
-    judge_max_new_tokens,
-    judge_temperature,
-)
+from codes.common.judging import MAX_UNREAD, UnreadVerdicts, judge_max_new_tokens, judge_temperature
 from codes.common.llm import ApiError, Completion, Outcome
 from codes.common.llm_limits import Price
 from codes.common.llm_session import parse_temperature
@@ -53,42 +47,152 @@ from codes.common.records import (
     CheckedPreferenceFile,
     Message,
     PreferenceRecord,
+    check_preference_file,
     ensure_writable_folder,
-    iter_jsonl,
     open_atomic,
     write_row,
 )
 from codes.common.stats import wilson
-from codes.construct.api import Api, add_api_arguments, open_api_of
-from codes.construct.build_prompt import PROMPT_VERSION, build_judge, build_rewrite, word_limit
-from codes.construct.eval_gates import gain_defect, loss_defect, polish_defect
-from codes.construct.eval_prompts import EVAL_PROMPT_VERSION, build_plain_rewrite, build_polish
-from codes.construct.eval_rules import RULES_VERSION, IdentitySentence, draw_identity, put_before, without_markup
-from codes.construct.gptout import original_rejected
-from codes.construct.steps import FailureLog, ask_groups, check_input, read_counts
-from codes.construct.template import TEMPLATE_VERSION, apply_template
+from codes.construct.api import Api, OnOff, StepSettings, open_api_of, settings_of, step_parser
+from codes.construct.build_prompt import (
+    EVAL_PROMPT_VERSION,
+    PROMPT_VERSION,
+    build_judge,
+    build_plain_rewrite,
+    build_polish,
+    build_rewrite,
+    word_limit,
+)
+from codes.construct.gates import gain_defect, loss_defect, polish_defect
+from codes.construct.pipeline import (
+    FAILED_FILE,
+    FailureLog,
+    ask_each,
+    hold_work_dir,
+    open_failures,
+    original_rejected,
+    read_counts,
+    write_report_section,
+)
+from codes.construct.template import (
+    RULES_VERSION,
+    TEMPLATE_VERSION,
+    IdentitySentence,
+    apply_template,
+    draw_identity,
+    put_before,
+    without_markup,
+)
 from codes.construct.verify_correctness import (
     Candidates,
     Judgement,
     VerifyFilter,
-    failure_of,
     filter_is_on,
-    judge_stream,
+    judge_each,
     shown_orders,
 )
-from codes.construct.work_dir import failure, hold_work_dir, request_failure, write_report_section
 
 STEP = "build_eval_pairs"
-REWRITES_FILE = "eval_rewrites.jsonl"
 # Both of them: a label that hangs on the order of the answers is none.
 N_ORDERS = 2
 
 EvalStrategy = Literal["rewrite", "template"]
-MultiTurn = Literal["skip", "render"]
-WhichRejected = Literal["first", "all"]
 
 
-# --- what is to be made -------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class Settings(StepSettings):
+    """The step's settings (``StepSettings`` has those of all steps)."""
+
+    output_dir: Path = field(metadata={"help": "gets <bias>_bias.jsonl for each bias"})
+    work_dir: Path = field(default=Path("output/eval_pairs"), metadata={"help": "ledger, failures, report"})
+    bias_types: str = field(
+        default="all",
+        metadata={
+            "help": f"all that the strategy can make (template: not refinement-aware), or some of {','.join(EVALUABLE)}"
+        },
+    )
+    strategy: EvalStrategy = field(default="rewrite", metadata={"help": "template: by rule"})
+    rejected: Literal["first", "all"] = field(
+        default="first", metadata={"help": "which original rejected answers make pairs"}
+    )
+    multi_turn: Literal["skip", "render"] = field(
+        default="skip", metadata={"help": "prompts of several turns: left out, or as one text"}
+    )
+    consistency: VerifyFilter = field(
+        default="auto",
+        metadata={
+            "help": "on: the judge must still prefer the labelled answer in both orders; auto: on where a model writes, "
+            "unless the judge is the embedded model"
+        },
+    )
+    judge_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "default: $JUDGE_MODEL, else --api_model",
+            "type": str,
+            "from_environment": lambda: os.environ.get("JUDGE_MODEL") or None,
+        },
+    )
+    judge_temperature: float | None = field(
+        default=0.0,
+        metadata={
+            "help": "a number, or none for the server's own; default: $JUDGE_TEMPERATURE, else 0",
+            "type": parse_temperature,
+            "from_environment": judge_temperature,
+        },
+    )
+    judge_max_new_tokens: int = field(
+        default=4096,
+        metadata={
+            "help": "of a verdict, reasoning included; default: $JUDGE_MAX_NEW_TOKENS, else 4096 (16 for the embedded model)",
+            "type": positive,
+            "from_environment": judge_max_new_tokens,
+        },
+    )
+    judge_price_in: float | None = field(
+        default=None,
+        metadata={
+            "help": "of a million prompt tokens; default: --price_in, where one model does both",
+            "type": non_negative_float,
+        },
+    )
+    judge_price_out: float | None = field(
+        default=None, metadata={"help": "of a million completion tokens, likewise", "type": non_negative_float}
+    )
+    max_unread: int = field(
+        default=MAX_UNREAD,
+        metadata={"help": "answers in a row that are no verdict stop the run; 0: never", "type": natural},
+    )
+    cue_gate: OnOff = field(
+        default="on",
+        metadata={"help": "on: the cue must be seen to go and to come; off: for languages other than English"},
+    )
+
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """The names of ``bias_types``."""
+        return parse_bias_names(self.bias_types, self.strategy)
+
+
+@dataclass(frozen=True)
+class Models:
+    """Who writes and who judges.
+
+    Attributes:
+        writer: Writes the rewrites; None: none is needed.
+        judge: Asks whether the label still holds; None: nobody is asked.
+    """
+
+    writer: Api | None
+    judge: Api | None
+
+    @property
+    def any(self) -> Api | None:
+        """One of them: their requests, counts and ledger are the same."""
+        return self.writer or self.judge
+
+
+# --- what is to be made ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -140,29 +244,25 @@ class Plan:
     """
 
     source: CheckedPreferenceFile
-    biases: tuple[str, ...]
-    which: WhichRejected
-    multi_turn: MultiTurn
-    seed: int
+    settings: Settings
     n_records: int
     n_pairs: int
     left_out: Counter[str]
 
     def __iter__(self) -> Iterator[Item]:
         for record in self.source:
-            if _unusable(record, self.multi_turn) is not None:
+            if _unusable(record, self.settings) is not None:
                 continue
-            for number, index in enumerate(_pair_positions(record, self.which)):
-                for bias in self.biases:
+            for number, index in enumerate(_pair_positions(record, self.settings)):
+                for bias in self.settings.biases:
                     # One answer of a record is polished, not one of each of its pairs.
                     if number == 0 or get_bias(bias).kind != "refinement":
                         yield Item(record, index, bias)
 
     def count(self, *kinds: str) -> int:
         """Rows to make of some kinds of biases."""
-        n_of = {"refinement": self.n_records}
-        found = [get_bias(bias).kind for bias in self.biases]
-        return sum(n_of.get(kind, self.n_pairs) for kind in found if kind in kinds)
+        planned = [get_bias(bias).kind for bias in self.settings.biases]
+        return sum(self.n_records if kind == "refinement" else self.n_pairs for kind in planned if kind in kinds)
 
 
 def parse_bias_names(value: str, strategy: EvalStrategy) -> tuple[str, ...]:
@@ -183,62 +283,53 @@ def parse_bias_names(value: str, strategy: EvalStrategy) -> tuple[str, ...]:
     return tuple(name for name in possible if name in names)
 
 
-def _unusable(record: PreferenceRecord, multi_turn: MultiTurn) -> str | None:
-    if len(record.messages) > 1 and multi_turn == "skip":
+def _unusable(record: PreferenceRecord, settings: Settings) -> str | None:
+    if len(record.messages) > 1 and settings.multi_turn == "skip":
         return "multi_turn"
     return None if original_rejected(record) else "no_original_rejected"
 
 
-def _pair_positions(record: PreferenceRecord, which: WhichRejected) -> list[int]:
+def _pair_positions(record: PreferenceRecord, settings: Settings) -> list[int]:
     positions = original_rejected(record)
-    return positions[:1] if which == "first" else positions
+    return positions[:1] if settings.rejected == "first" else positions
 
 
-def plan_pairs(
-    input_file: Path,
-    failures: FailureLog,
-    *,
-    biases: tuple[str, ...],
-    which: WhichRejected,
-    multi_turn: MultiTurn,
-    seed: int,
-    limit: int,
-    max_bad_rows: int,
-) -> Plan:
+def plan_pairs(settings: Settings, failures: FailureLog) -> Plan:
     """Check the input and decide what to make, before any request; records that cannot be used go to ``failures``.
 
     Raises:
         ContrastRMError: Unusable input, or not one record that can be used.
     """
     left_out: Counter[str] = Counter()
-    n_records = n_pairs = 0
+    n_pairs = 0
 
-    def see(record: PreferenceRecord) -> None:
-        nonlocal n_records, n_pairs
-        reason = _unusable(record, multi_turn)
+    def count(record: PreferenceRecord) -> None:
+        nonlocal n_pairs
+        reason = _unusable(record, settings)
         if reason is None:
-            n_records += 1
-            n_pairs += len(_pair_positions(record, which))
+            n_pairs += len(_pair_positions(record, settings))
         else:
             left_out[reason] += 1
-            failures.add(failure(record.id, STEP, reason))
+            failures.add(record.id, reason)
 
-    source = check_input(input_file, max_bad_rows=max_bad_rows, limit=limit, see=see, require_rejected=True)
-    if not n_records:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in left_out.most_common())
+    source = check_preference_file(
+        settings.input_file, max_bad_rows=settings.max_bad_rows, limit=settings.limit, see=count
+    )
+    if not n_pairs:
+        reasons = ", ".join(f"{reason} {number}" for reason, number in left_out.most_common())
         raise ContrastRMError(
-            f"none of the {len(source)} records of {input_file} can become an evaluation pair ({reasons}); give records of "
-            "one turn with an original rejected answer, or use --multi_turn render"
+            f"none of the {len(source)} records of {settings.input_file} can become an evaluation pair ({reasons}); give "
+            "records of one turn with an original rejected answer, or use --multi_turn render"
         )
-    return Plan(source, biases, which, multi_turn, seed, n_records, n_pairs, left_out)
+    return Plan(source, settings, len(source) - left_out.total(), n_pairs, left_out)
 
 
-# --- one row ------------------------------------------------------------------------------------------------------------
+# --- one row --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Draft:
-    """The changed texts of a row, as they stand in ``eval_rewrites.jsonl``.
+    """The changed texts of a row.
 
     Attributes:
         chosen: The better answer after the change. For ``refinement-aware`` the polished answer, whichever it was.
@@ -305,12 +396,10 @@ def draft_defects(item: Item, draft: Draft, *, by_rule: bool, seed: int, check_c
         # A rule that adds a cue has added it: one sentence, which in a long text weighs little.
         "check_cue": check_cue and not by_rule,
     }
-    found = [
-        # Rules leave the chosen answer as it is, so there is nothing to judge.
-        ("chosen", None if by_rule else loss_defect(draft.chosen, **about)),
-        ("rejected", gain_defect(draft.rejected, **about)),
-    ]
-    return [(part, defect) for part, defect in found if defect is not None]
+    # Rules leave the chosen answer as it is, so there is nothing to judge.
+    loss = None if by_rule else loss_defect(draft.chosen, **about)
+    gain = gain_defect(draft.rejected, **about)
+    return [(part, defect) for part, defect in (("chosen", loss), ("rejected", gain)) if defect is not None]
 
 
 class Sides:
@@ -351,7 +440,7 @@ def refinement_row(item: Item, draft: Draft) -> dict[str, Any]:
     return {"question": item.question, "original_response": original, "rewritten_response": draft.chosen}
 
 
-# --- the report ---------------------------------------------------------------------------------------------------------
+# --- the report -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -381,7 +470,7 @@ class BiasCounts:
         self.n_verdicts += len(decided)
         self.n_first_place += sum(order.picked == order.shown[0] for order in decided)
 
-    def add_written(self, before: tuple[str, str], after: tuple[str, str], *, better_first: bool) -> None:
+    def add_written(self, before: tuple[str, str], after: tuple[str, str], *, better_first: bool = False) -> None:
         """Count a row that was written."""
         self.n_written += 1
         self.n_better_first += better_first
@@ -428,39 +517,7 @@ def format_table(biases: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# --- the step -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the rows are made.
-
-    Attributes:
-        judge: Asks whether the label still holds; None: nobody is asked.
-        writer: Writes the rewrites; None: none is needed.
-        max_unread: See ``UnreadVerdicts``.
-    """
-
-    strategy: EvalStrategy
-    seed: int
-    check_cue: bool
-    writer: Api | None
-    judge: Api | None
-    max_unread: int = MAX_UNREAD
-
-    def origin(self, kind: str) -> dict[str, Any]:
-        """Where the texts of a kind of bias come from."""
-        if kind == "identity":
-            return {"strategy": "sentence", "model": None, "prompt_version": RULES_VERSION, "seed": self.seed}
-        if self.strategy == "template":
-            return {
-                "strategy": "template",
-                "model": None,
-                "prompt_version": f"{TEMPLATE_VERSION}+{RULES_VERSION}",
-                "seed": self.seed,
-            }
-        model = self.writer.model if self.writer is not None else None
-        return {"strategy": "rewrite", "model": model, "prompt_version": EVAL_PROMPT_VERSION, "seed": self.seed}
+# --- the rows -------------------------------------------------------------------------------------------------------------
 
 
 def _failure_details(item: Item) -> dict[str, Any]:
@@ -468,30 +525,25 @@ def _failure_details(item: Item) -> dict[str, Any]:
 
 
 def write_drafts(
-    plan: Plan, settings: Settings, rewrites_file: Path, counts: dict[str, BiasCounts], failures: FailureLog
-) -> None:
-    """Ask for all rewrites; write one line a row to make, with null where none of its texts can be used."""
-    writer, seed = settings.writer, settings.seed
+    plan: Plan, writer: Api | None, counts: Mapping[str, BiasCounts], failures: FailureLog
+) -> Iterator[tuple[Item, Draft | None]]:
+    """Each row to make with its changed texts; None where some cannot be used."""
+    seed = plan.settings.seed
     max_words = None if writer is None else word_limit(writer.max_new_tokens)
 
-    def groups() -> Iterator[tuple[Item, list[list[Message]]]]:
-        for item in plan:
-            yield item, item_prompts(item, seed, max_words)
+    def prompts_of(item: Item) -> list[list[Message]]:
+        return item_prompts(item, seed, max_words)
 
-    asked: Iterator[tuple[Item, list[Outcome]]]
-    if writer is None:
-        asked = ((item, []) for item in plan)
-    else:
+    asked: Iterable[tuple[Item, list[Outcome]]] = ((item, []) for item in plan)
+    if writer is not None:
         total = 2 * plan.count("rewrite") + plan.count("refinement")
-        asked = ask_groups(writer, groups, "rewrites", total=total)
-    with open_atomic(rewrites_file) as handle:
-        for item, outcomes in asked:
-            counts[item.bias].n_planned += 1
-            draft, reason = _take_outcomes(item, outcomes, settings, failures)
-            if reason is not None:
-                counts[item.bias].n_refused[reason] += 1
-            texts = None if draft is None else asdict(draft)
-            write_row(handle, {"id": f"{item.bias}/{item.pair_id}", "texts": texts})
+        asked = ask_each(writer, plan, prompts_of, "rewrites", total=total)
+    for item, outcomes in asked:
+        counts[item.bias].n_planned += 1
+        draft, reason = _take_outcomes(item, outcomes, plan.settings, failures)
+        if reason is not None:
+            counts[item.bias].n_refused[reason] += 1
+        yield item, draft
 
 
 def _take_outcomes(
@@ -502,21 +554,15 @@ def _take_outcomes(
     parts = ("polished",) if item.kind == "refinement" else ("chosen", "rejected")
     errors = [(part, outcome) for part, outcome in zip(parts, outcomes, strict=False) if isinstance(outcome, ApiError)]
     for part, error in errors:
-        failures.add(request_failure(item.record.id, STEP, error, **details, part=part))
+        failures.add(item.record.id, error, **details, part=part)
     if errors:
         return None, errors[0][1].reason
     texts = [outcome.text.strip() for outcome in outcomes if isinstance(outcome, Completion)]
     draft = draft_of(item, texts, seed) if texts else draft_by_rule(item, seed)
-    defects = draft_defects(item, draft, by_rule=not texts, seed=seed, check_cue=settings.check_cue)
+    defects = draft_defects(item, draft, by_rule=not texts, seed=seed, check_cue=settings.cue_gate == "on")
     for part, defect in defects:
-        failures.add(failure(item.record.id, STEP, defect, **details, part=part))
+        failures.add(item.record.id, defect, **details, part=part)
     return (None, defects[0][1]) if defects else (draft, None)
-
-
-def read_drafts(plan: Plan, rewrites_file: Path) -> Iterator[tuple[Item, Draft | None]]:
-    """Each row to make with its texts; None where there are none."""
-    for item, (_, row) in zip(plan, iter_jsonl(rewrites_file), strict=True):
-        yield item, None if row["texts"] is None else Draft(**row["texts"])
 
 
 def _candidates(item: Item, draft: Draft | None) -> Candidates | None:
@@ -526,81 +572,35 @@ def _candidates(item: Item, draft: Draft | None) -> Candidates | None:
     return Candidates(f"{item.bias}/{item.pair_id}", item.record.messages, [draft.chosen, draft.rejected])
 
 
-def _judged(
-    plan: Plan, settings: Settings, rewrites_file: Path
+def judge_drafts(
+    plan: Plan, drafts: Iterable[tuple[Item, Draft | None]], judge: Api | None
 ) -> Iterator[tuple[Item, Draft | None, Judgement | None]]:
-    judge = settings.judge
+    """Each draft with what the judge says about it; None where it is not asked."""
     if judge is None:
-        yield from ((item, draft, None) for item, draft in read_drafts(plan, rewrites_file))
+        yield from ((item, draft, None) for item, draft in drafts)
         return
-
-    def items() -> Iterator[tuple[tuple[Item, Draft | None], Candidates | None]]:
-        for item, draft in read_drafts(plan, rewrites_file):
-            yield (item, draft), _candidates(item, draft)
-
-    total = N_ORDERS * plan.count("rewrite", "identity")
-    unread = UnreadVerdicts(settings.max_unread)
-    for (item, draft), judgement in judge_stream(
-        judge, items, n_orders=N_ORDERS, seed=settings.seed, unread=unread, total=total
+    for (item, draft), judgement in judge_each(
+        judge,
+        (((item, draft), _candidates(item, draft)) for item, draft in drafts),
+        n_orders=N_ORDERS,
+        seed=plan.settings.seed,
+        unread=UnreadVerdicts(plan.settings.max_unread),
+        total=N_ORDERS * plan.count("rewrite", "identity"),
     ):
-        yield item, draft, judgement if judgement.orders else None
+        yield item, draft, judgement
 
 
 def _inconsistency(item: Item, judgement: Judgement, failures: FailureLog) -> str | None:
     """Why a judged pair is left out; the reasons go to ``failures``."""
-    details = _failure_details(item)
-    unread = [order for order in judgement.orders if order.reason is not None]
-    for order in unread:
-        failures.add(failure_of(item.record.id, STEP, order, **details, part="verdict"))
-    if unread:
-        return unread[0].reason
+    details = _failure_details(item) | {"part": "verdict"}
+    if not judgement.is_complete:
+        judgement.add_failures(failures, item.record.id, **details)
+        return next(order.reason for order in judgement.orders if order.reason is not None)
     if judgement.verdict == "CHOSEN_IS_BEST":
         return None
     picked = [("chosen", "rejected")[order.picked or 0] for order in judgement.orders]
-    failures.add(failure(item.record.id, STEP, "label_not_preferred", **details, part="verdict", picked=picked))
+    failures.add(item.record.id, "label_not_preferred", **details, picked=picked)
     return "label_not_preferred"
-
-
-@dataclass
-class RowFiles:
-    """The open files of all biases: they take their names together when the block of their stack ends well."""
-
-    rows: dict[str, IO[str]]
-    placebos: dict[str, IO[str]]
-
-    @classmethod
-    def open_in(cls, output_dir: Path, biases: Sequence[str], stack: ExitStack) -> RowFiles:
-        """Open one file a bias, and one for the placebos of each identity bias."""
-
-        def opened(name: str) -> IO[str]:
-            return stack.enter_context(open_atomic(output_dir / name))
-
-        identity = [bias for bias in biases if get_bias(bias).kind == "identity"]
-        return cls(
-            {bias: opened(eval_file_name(bias)) for bias in biases},
-            {bias: opened(placebo_file_name(bias)) for bias in identity},
-        )
-
-
-def write_rows(
-    plan: Plan,
-    settings: Settings,
-    rewrites_file: Path,
-    files: RowFiles,
-    counts: dict[str, BiasCounts],
-    failures: FailureLog,
-) -> None:
-    """Judge the drafts and write the rows."""
-    sides = Sides(settings.seed)
-    for item, draft, judgement in _judged(plan, settings, rewrites_file):
-        if judgement is not None:
-            counts[item.bias].add_judgement(judgement)
-            reason = _inconsistency(item, judgement, failures)
-            if reason is not None:
-                counts[item.bias].n_refused[reason] += 1
-                continue
-        if draft is not None:
-            _write_item(item, draft, judgement, settings, sides, counts[item.bias], files)
 
 
 def placebo_file_name(bias: str) -> str:
@@ -608,78 +608,78 @@ def placebo_file_name(bias: str) -> str:
     return eval_file_name(bias).replace("_bias.jsonl", "_placebo.jsonl")
 
 
-def _write_item(
-    item: Item,
-    draft: Draft,
-    judgement: Judgement | None,
-    settings: Settings,
-    sides: Sides,
-    counts: BiasCounts,
-    files: RowFiles,
-) -> None:
-    about = _provenance(item, settings, judgement)
-    if item.kind == "refinement":
-        row = refinement_row(item, draft)
-        write_row(files.rows[item.bias], row | about | {"polished": draft.polished})
-        original = str(row["original_response"])
-        counts.add_written((original, item.rejected), (draft.chosen, item.rejected), better_first=False)
-        return
-    better = sides.deal(item)
-    row = pair_row(item, draft, better)
-    if item.kind == "identity":
-        drawn = draw_identity(item.bias, item.pair_id, settings.seed)
-        write_row(files.placebos[item.bias], _placebo_row(item, drawn, better) | about | {"sentence": drawn.placebo})
-        about |= {"sentence": drawn.sentence, "group": drawn.group}
-    write_row(files.rows[item.bias], row | about)
-    before, after = (item.chosen, item.rejected), (draft.chosen, draft.rejected)
-    counts.add_written(before, after, better_first=better == 1)
+def open_row_files(output_dir: Path, biases: Sequence[str], stack: ExitStack) -> dict[str, IO[str]]:
+    """The files of all biases and placebos, by name; they take their names together when the stack ends well."""
+    names = [eval_file_name(bias) for bias in biases]
+    names += [placebo_file_name(bias) for bias in biases if get_bias(bias).kind == "identity"]
+    return {name: stack.enter_context(open_atomic(output_dir / name)) for name in names}
+
+
+class RowWriter:
+    """Writes the rows of all biases: places the better answer, adds where the row comes from, counts."""
+
+    def __init__(
+        self, settings: Settings, models: Models, files: Mapping[str, IO[str]], counts: Mapping[str, BiasCounts]
+    ) -> None:
+        self._settings, self._models, self._files, self._counts = settings, models, files, counts
+        self._sides = Sides(settings.seed)
+
+    def write(self, item: Item, draft: Draft, judgement: Judgement | None) -> None:
+        """Write one row, and its placebo."""
+        counts, rows = self._counts[item.bias], self._files[eval_file_name(item.bias)]
+        about = self._provenance(item, judgement)
+        if item.kind == "refinement":
+            row = refinement_row(item, draft)
+            write_row(rows, row | about | {"polished": draft.polished})
+            counts.add_written((row["original_response"], item.rejected), (draft.chosen, item.rejected))
+            return
+        better = self._sides.deal(item)
+        if item.kind == "identity":
+            drawn = draw_identity(item.bias, item.pair_id, self._settings.seed)
+            placebo = _placebo_row(item, drawn, better) | about | {"sentence": drawn.placebo}
+            write_row(self._files[placebo_file_name(item.bias)], placebo)
+            about |= {"sentence": drawn.sentence, "group": drawn.group}
+        write_row(rows, pair_row(item, draft, better) | about)
+        before, after = (item.chosen, item.rejected), (draft.chosen, draft.rejected)
+        counts.add_written(before, after, better_first=better == 1)
+
+    def _provenance(self, item: Item, judgement: Judgement | None) -> dict[str, Any]:
+        """The fields of a row beside those of the public format."""
+        row: dict[str, Any] = {
+            "id": f"{item.bias}/{item.pair_id}",
+            "bias": item.bias,
+            "source_id": item.record.id,
+            "rejected_index": item.rejected_index,
+        } | self._origin(item.kind)
+        if item.record.source is not None:
+            row["source"] = item.record.source
+        if judgement is not None and self._models.judge is not None:
+            orders = [{"shown": list(order.shown), "picked": order.picked} for order in judgement.orders]
+            judge = self._models.judge.model
+            row["verification"] = {"model": judge, "prompt_version": PROMPT_VERSION, "orders": orders}
+        return row
+
+    def _origin(self, kind: str) -> dict[str, Any]:
+        """Where the texts of a kind of bias come from."""
+        model = None
+        if kind == "identity":
+            strategy, version = "sentence", RULES_VERSION
+        elif self._settings.strategy == "template":
+            strategy, version = "template", f"{TEMPLATE_VERSION}+{RULES_VERSION}"
+        else:
+            strategy, version = "rewrite", EVAL_PROMPT_VERSION
+            model = None if self._models.writer is None else self._models.writer.model
+        return {"strategy": strategy, "model": model, "prompt_version": version, "seed": self._settings.seed}
 
 
 def _placebo_row(item: Item, drawn: IdentitySentence, better: int) -> dict[str, Any]:
     return pair_row(item, Draft(put_before(drawn.placebo, item.chosen), item.rejected), better)
 
 
-def _provenance(item: Item, settings: Settings, judgement: Judgement | None) -> dict[str, Any]:
-    """The fields of a row beside those of the public format."""
-    row: dict[str, Any] = {
-        "id": f"{item.bias}/{item.pair_id}",
-        "bias": item.bias,
-        "source_id": item.record.id,
-        "rejected_index": item.rejected_index,
-    } | settings.origin(item.kind)
-    if item.record.source is not None:
-        row["source"] = item.record.source
-    if judgement is not None and settings.judge is not None:
-        orders = [{"shown": list(order.shown), "picked": order.picked} for order in judgement.orders]
-        row["verification"] = {"model": settings.judge.model, "prompt_version": PROMPT_VERSION, "orders": orders}
-    return row
+# --- the step -------------------------------------------------------------------------------------------------------------
 
 
-def _require_rows(counts: dict[str, BiasCounts], failures: FailureLog) -> None:
-    empty = [bias for bias, counted in counts.items() if not counted.n_written]
-    if not empty:
-        return
-    reasons = ", ".join(f"{reason} {count}" for reason, count in counts[empty[0]].n_refused.most_common(4))
-    message = f"; first message: {failures.first_message}" if failures.first_message else ""
-    raise ContrastRMError(
-        f"not one row for {', '.join(empty)} ({empty[0]}: {reasons}){message}; no file was written. See failed.jsonl in the "
-        "work folder, then try another API_MODEL, or leave the bias out with --bias_types (what was answered is not asked "
-        "again)"
-    )
-
-
-def build(
-    *,
-    settings: Settings,
-    biases: tuple[str, ...],
-    input_file: Path,
-    output_dir: Path,
-    work_dir: Path,
-    which: WhichRejected,
-    multi_turn: MultiTurn,
-    limit: int,
-    max_bad_rows: int,
-) -> tuple[dict[str, Any], int]:
+def build(settings: Settings, models: Models) -> tuple[dict[str, Any], int]:
     """The whole step.
 
     Returns:
@@ -688,66 +688,67 @@ def build(
     Raises:
         ContrastRMError: Unusable input, a fatal error of the server, or a bias without a row.
     """
-    for folder in (output_dir, work_dir):
+    for folder in (settings.output_dir, settings.work_dir):
         ensure_writable_folder(folder)
-    counts = {bias: BiasCounts() for bias in biases}
-    api = settings.writer or settings.judge
-    with FailureLog(work_dir, STEP) as failures:
-        plan = plan_pairs(
-            input_file,
-            failures,
-            biases=biases,
-            which=which,
-            multi_turn=multi_turn,
-            seed=settings.seed,
-            limit=limit,
-            max_bad_rows=max_bad_rows,
+    counts = {bias: BiasCounts() for bias in settings.biases}
+    api = models.any
+    with ExitStack() as stack:
+        with open_failures(settings.work_dir, STEP) as failures:
+            plan = plan_pairs(settings, failures)
+            if api is not None and api.is_estimate:
+                _estimate(plan, models)
+            rows = RowWriter(settings, models, open_row_files(settings.output_dir, settings.biases, stack), counts)
+            drafts = write_drafts(plan, models.writer, counts, failures)
+            for item, draft, judgement in judge_drafts(plan, drafts, models.judge):
+                if judgement is not None:
+                    counts[item.bias].add_judgement(judgement)
+                    reason = _inconsistency(item, judgement, failures)
+                    if reason is not None:
+                        counts[item.bias].n_refused[reason] += 1
+                        continue
+                if draft is not None:
+                    rows.write(item, draft, judgement)
+        section = read_counts(plan.source) | {
+            "strategy": settings.strategy,
+            "model": None if models.writer is None else models.writer.model,
+            "judge": None if models.judge is None else models.judge.model,
+            "seed": settings.seed,
+            "n_records_used": plan.n_records,
+            "n_records_left_out": dict(plan.left_out.most_common()),
+            "n_pairs": plan.n_pairs,
+            "biases": {bias: counted.to_dict(get_bias(bias).kind) for bias, counted in counts.items()},
+            "n_failed": failures.counts(),
+            "output_dir": str(settings.output_dir),
+        }
+        write_report_section(settings.work_dir, STEP, section | (api.summary() if api is not None else {}))
+        _require_rows(counts, failures)
+    return section, failures.n_requests
+
+
+def _require_rows(counts: Mapping[str, BiasCounts], failures: FailureLog) -> None:
+    empty = [bias for bias, counted in counts.items() if not counted.n_written]
+    if empty:
+        raise ContrastRMError(
+            f"not one row for {', '.join(empty)} {failures.explain(counts[empty[0]].n_refused)}; no file was "
+            f"written. See {failures.path}, then try another API_MODEL, or leave the bias out with --bias_types (what was "
+            "answered is not asked again)"
         )
-        if api is not None and api.is_estimate:
-            _estimate(plan, settings)
-        rewrites_file = work_dir / REWRITES_FILE
-        write_drafts(plan, settings, rewrites_file, counts, failures)
-        with ExitStack() as stack:
-            files = RowFiles.open_in(output_dir, biases, stack)
-            write_rows(plan, settings, rewrites_file, files, counts, failures)
-            failures.commit()
-            section = _report_section(plan, settings, counts, failures) | {"output_dir": str(output_dir)}
-            write_report_section(work_dir, STEP, section | (api.summary() if api is not None else {}))
-            _require_rows(counts, failures)
-        return section, failures.n_requests
 
 
-def _report_section(
-    plan: Plan, settings: Settings, counts: dict[str, BiasCounts], failures: FailureLog
-) -> dict[str, Any]:
-    return read_counts(plan.source) | {
-        "strategy": settings.strategy,
-        "model": settings.writer.model if settings.writer is not None else None,
-        "judge": settings.judge.model if settings.judge is not None else None,
-        "seed": settings.seed,
-        "n_records_used": plan.n_records,
-        "n_records_left_out": dict(plan.left_out.most_common()),
-        "n_pairs": plan.n_pairs,
-        "biases": {bias: counted.to_dict(get_bias(bias).kind) for bias, counted in counts.items()},
-        "n_failed": failures.counts(),
-    }
-
-
-def _estimate(plan: Plan, settings: Settings) -> None:
+def _estimate(plan: Plan, models: Models) -> None:
     """Print what the rewrites and, with the texts as they are, the verdicts would ask, and leave the command."""
-    writer, judge = settings.writer, settings.judge
+    writer, judge, seed = models.writer, models.judge, plan.settings.seed
 
-    def rewrites() -> Iterator[list[Message]]:
-        assert writer is not None
+    def rewrites(max_words: int | None) -> Iterator[list[Message]]:
         for item in plan:
-            yield from item_prompts(item, settings.seed, word_limit(writer.max_new_tokens))
+            yield from item_prompts(item, seed, max_words)
 
     def verdicts() -> Iterator[list[Message]]:
         for item in plan:
             candidates = _candidates(item, Draft(item.chosen, item.rejected))
             if candidates is None:
                 continue
-            for order in shown_orders(candidates.id, 2, settings.seed, N_ORDERS):
+            for order in shown_orders(candidates.id, 2, seed, N_ORDERS):
                 # An estimate counts equal requests once, but every bias will have texts of its own here.
                 texts = [f"{candidates.texts[number]} {item.bias}" for number in order]
                 yield build_judge(candidates.messages, texts)
@@ -755,149 +756,86 @@ def _estimate(plan: Plan, settings: Settings) -> None:
     # An estimate ends the command: the first of the two is held up.
     with suppress(SystemExit) if judge is not None else ExitStack():
         if writer is not None:
-            writer.ask(rewrites(), "rewrites")
+            writer.ask(rewrites(word_limit(writer.max_new_tokens)), "rewrites")
     if judge is not None:
         judge.ask(verdicts(), "verdicts", accept_cut_off=True)
 
 
-# --- the command line ---------------------------------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------------------------------
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m codes.construct.build_eval_pairs", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--input_file", type=Path, required=True)
-    parser.add_argument("--output_dir", type=Path, required=True, help="gets <bias>_bias.jsonl for each bias")
-    parser.add_argument(
-        "--bias_types",
-        default="all",
-        help=f"all that the strategy can make (template: not refinement-aware), or some of {','.join(EVALUABLE)}",
-    )
-    parser.add_argument("--strategy", choices=("rewrite", "template"), default="rewrite", help="template: by rule")
-    parser.add_argument(
-        "--rejected", choices=("first", "all"), default="first", help="which original rejected answers make pairs"
-    )
-    parser.add_argument(
-        "--multi_turn",
-        choices=("skip", "render"),
-        default="skip",
-        help="prompts of several turns: left out, or as one text",
-    )
-    parser.add_argument(
-        "--consistency",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="on: the judge must still prefer the labelled answer in both orders; auto: on where a model writes, unless the "
-        "judge is the embedded model",
-    )
-    parser.add_argument(
-        "--judge_model", default=os.environ.get("JUDGE_MODEL") or None, help="default: $JUDGE_MODEL, else --api_model"
-    )
-    parser.add_argument(
-        "--judge_temperature",
-        type=parse_temperature,
-        default=judge_temperature(),
-        help="a number, or none for the server's own; default: $JUDGE_TEMPERATURE, else 0",
-    )
-    parser.add_argument(
-        "--judge_max_new_tokens",
-        type=positive,
-        default=judge_max_new_tokens(),
-        help="of a verdict, reasoning included; default: $JUDGE_MAX_NEW_TOKENS, else 4096 (16 for the embedded model)",
-    )
-    parser.add_argument(
-        "--judge_price_in",
-        type=non_negative_float,
-        help="of a million prompt tokens; default: --price_in, where one model does both",
-    )
-    parser.add_argument("--judge_price_out", type=non_negative_float, help="of a million completion tokens, likewise")
-    add_unread_argument(parser)
-    parser.add_argument(
-        "--cue_gate",
-        choices=("on", "off"),
-        default="on",
-        help="on: the cue must be seen to go and to come; off: for languages other than English",
-    )
-    add_api_arguments(parser, temperature=0.7, max_new_tokens=1024)
-    parser.set_defaults(work_dir=Path("output/eval_pairs"))
-    return parser
+    return step_parser(STEP, __doc__, Settings, temperature=0.7, max_tokens=1024)
 
 
-def needs_writer(biases: Sequence[str], strategy: EvalStrategy) -> bool:
+def needs_writer(settings: Settings) -> bool:
     """Whether a model has to write."""
-    return strategy == "rewrite" and any(get_bias(bias).kind != "identity" for bias in biases)
+    return settings.strategy == "rewrite" and any(get_bias(bias).kind != "identity" for bias in settings.biases)
 
 
-def needs_judge(consistency: VerifyFilter, biases: Sequence[str], *, has_writer: bool, judge_model: str | None) -> bool:
+def needs_judge(settings: Settings, judge_model: str | None) -> bool:
     """Whether the judge is asked. ``auto``: where a model writes anyway, unless the judge is the embedded model."""
-    if all(get_bias(bias).kind == "refinement" for bias in biases):
+    if all(get_bias(bias).kind == "refinement" for bias in settings.biases):
         return False
-    if consistency == "auto":
-        return has_writer and filter_is_on("auto", judge_model or "")
-    return consistency == "on"
+    if settings.consistency == "auto":
+        return needs_writer(settings) and filter_is_on("auto", judge_model or "")
+    return settings.consistency == "on"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the step from the command line."""
-    args = build_parser().parse_args(argv)
-    biases = parse_bias_names(args.bias_types, args.strategy)
-    has_writer = needs_writer(biases, args.strategy)
-    judge_model = args.judge_model or args.api_model
-    has_judge = needs_judge(args.consistency, biases, has_writer=has_writer, judge_model=judge_model)
-
-    def run_step(api: Api | None) -> int:
-        judge = None
-        if api is not None and has_judge:
-            judge = replace(
-                api,
-                model=judge_model,
-                temperature=args.judge_temperature,
-                max_new_tokens=args.judge_max_new_tokens,
-            )
-        writer = api if has_writer else None
-        if writer is not None and judge is not None and judge.model == writer.model and not writer.is_estimate:
+def choose_models(settings: Settings, api: Api, judge_model: str | None) -> Models:
+    """Writer and judge of a run: one client, each with the model, temperature and length of its own."""
+    judge, writer = None, api if needs_writer(settings) else None
+    if needs_judge(settings, judge_model):
+        judge = replace(
+            api,
+            model=judge_model or api.model,
+            temperature=settings.judge_temperature,
+            max_new_tokens=settings.judge_max_new_tokens,
+        )
+        if writer is not None and judge.model == writer.model and not api.is_estimate:
             print(
                 f"warning: the judge {judge.model} wrote these texts itself, and models favour their own texts; name another "
                 "one with --judge_model",
                 file=sys.stderr,
                 flush=True,
             )
-        settings = Settings(args.strategy, args.seed, args.cue_gate == "on", writer, judge, args.max_unread)
-        section, n_failed_requests = build(
-            settings=settings,
-            biases=biases,
-            input_file=args.input_file,
-            output_dir=args.output_dir,
-            work_dir=args.work_dir,
-            which=args.rejected,
-            multi_turn=args.multi_turn,
-            limit=args.limit,
-            max_bad_rows=args.max_bad_rows,
-        )
-        print(format_table(section["biases"]))
-        left_out = ", ".join(f"{reason} {count}" for reason, count in section["n_records_left_out"].items())
-        print(
-            f"{args.output_dir}: {section['n_pairs']} pairs of {section['n_records_used']} records"
-            + (f"; records left out: {left_out}" if left_out else "")
-            + f"; consistency {'on' if judge is not None else 'off'}; refused texts are in {args.work_dir}/failed.jsonl"
-        )
-        return 0 if api is None else api.exit_code(n_failed_requests)
+    return Models(writer, judge)
 
+
+def run_step(settings: Settings, models: Models) -> int:
+    """The step, what it prints, and its exit code."""
+    section, n_failed_requests = build(settings, models)
+    print(format_table(section["biases"]))
+    left_out = ", ".join(f"{reason} {count}" for reason, count in section["n_records_left_out"].items())
+    print(
+        f"{settings.output_dir}: {section['n_pairs']} pairs of {section['n_records_used']} records"
+        + (f"; records left out: {left_out}" if left_out else "")
+        + f"; consistency {'on' if models.judge is not None else 'off'}; refused texts are in "
+        f"{settings.work_dir}/{FAILED_FILE}"
+    )
+    return 0 if models.any is None else models.any.exit_code(n_failed_requests)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the step from the command line."""
+    args = build_parser().parse_args(argv)
+    settings = settings_of(args, Settings)
+    judge_model = settings.judge_model or args.api_model
+    has_writer, has_judge = needs_writer(settings), needs_judge(settings, judge_model)
     if not has_writer and not has_judge:
         if args.estimate:
             print("estimate for evaluation pairs: no model is asked; nothing to pay")
             return 0
-        with hold_work_dir(args.work_dir):
-            return run_step(None)
-    price = Price.of(args.judge_price_in, args.judge_price_out, "--judge_price_in and --judge_price_out")
+        with hold_work_dir(settings.work_dir):
+            return run_step(settings, Models(None, None))
+    price = Price.of(settings.judge_price_in, settings.judge_price_out, "--judge_price_in and --judge_price_out")
     is_other = has_writer and has_judge and judge_model != args.api_model
     if not has_writer:
         args.api_model = judge_model
     api = open_api_of(args, model_prices={judge_model: price} if is_other or price is not None else None)
     with api.ledger:
-        return run_step(api)
+        return run_step(settings, choose_models(settings, api, judge_model))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Every prompt that construction sends, in one place. Reads and writes nothing.
+"""Every prompt that construction sends, for training data and for evaluation pairs. Reads and writes nothing.
 
-The wording is the project's own. Change a text and raise ``PROMPT_VERSION``: the version is part of the
-ledger key and of the provenance of every injected answer, so no run mixes answers to two versions unnoticed.
+The wording is the project's own. Change a text and raise ``PROMPT_VERSION`` (of an evaluation pair's prompts
+``EVAL_PROMPT_VERSION``): the version is part of the ledger key and of the provenance of every text, so no run mixes answers
+to two versions unnoticed.
 To read a prompt:
 ``python -c "from codes.construct.build_prompt import *; print(build_wrong_answer([{'role': 'user', 'content':
 'Why?'}], 'length'))"``
@@ -17,6 +18,8 @@ from codes.common.errors import ContrastRMError
 from codes.common.records import Message, enclose, messages_to_text
 
 PROMPT_VERSION = "3"
+# Evaluation pairs rewrite their rejected answers with the prompt of construction, so their version names both.
+EVAL_PROMPT_VERSION = f"{PROMPT_VERSION}-eval1"
 
 # From this many new tokens on, writers are not told a word limit.
 ROOMY_TOKENS = 512
@@ -64,6 +67,39 @@ CUE_INSTRUCTIONS: dict[str, str] = {
     ),
 }
 
+# How a writer takes each cue away. Keys are checked against the table of biases by a test.
+LOSS_INSTRUCTIONS: dict[str, str] = {
+    "length": (
+        "Make it short: about half as long, or less where it says things twice. Leave out introductions, "
+        "repetitions, side remarks and closing summaries, and use few words for the rest."
+    ),
+    "authority": (
+        "Name no authorities: take out experts, institutes, studies, surveys, journals, guidelines, quotations and "
+        "citations, and say in the answer's own voice what they were called upon to confirm."
+    ),
+    "beauty": (
+        "Make it plain running text: no headings, no bold or italic type, no bullet points, no tables, no emoji and no "
+        "ornate phrases. Lists become sentences. Code stays in its code block."
+    ),
+    "assertiveness": (
+        "Make it sound modest: drop words such as 'definitely', 'clearly' or 'without doubt', and say what it says with "
+        "hedges such as 'probably', 'it seems' or 'as far as I know'. It still comes to the same conclusion."
+    ),
+    "sycophancy": (
+        "Keep to the matter: no praise of the request or of the person who asks, no thanks, no apologies, and no "
+        "agreement for its own sake."
+    ),
+    "sentiment": (
+        "Make the tone neutral and sober: no exclamation marks, no enthusiasm, no cheering up, no emotional adjectives "
+        "and no emoji."
+    ),
+    "concreteness": (
+        "Make it general: figures, dates, measurements, examples and names of people or places become words such as "
+        "'many', 'some years ago' or 'a large city'. Only what is itself the answer, or a step that leads to it, stays "
+        "exact."
+    ),
+}
+
 _WRITER_SYSTEM = (
     "You write material for testing automatic graders of answers. The graders must learn not to be impressed "
     "by style, so they need answers whose substance is poor while the style is attractive. You follow the "
@@ -101,6 +137,40 @@ Style: {cue}{limit}
 
 Print only the rewritten answer."""
 
+_EDITOR_SYSTEM = (
+    "You edit answers for testing automatic graders of answers. You change how an answer is put and never what it says. "
+    "You follow the brief exactly and you print only the edited text: no introduction, no remark about the task, no note "
+    "at the end, no quotation marks around it."
+)
+
+_PLAIN = """\
+Below are a conversation that ends with a user's request, and a good answer to it. Rewrite the answer so that its \
+style changes and its substance does not.
+
+Substance: everything that makes it a good answer stays: the facts, the reasoning, the result, the code, the \
+warnings. Add nothing of your own.
+
+Style: {cue} If the answer has nothing of that kind, give it back word for word.{limit}
+
+{conversation}
+
+{answer}
+
+Print only the edited answer."""
+
+_POLISH = """\
+Below are a conversation that ends with a user's request, and an answer to it. Polish the answer: clearer and smoother \
+sentences, correct grammar and spelling, a sensible order.
+
+Substance: every claim, number, step and conclusion stays as it is, right or wrong. Correct no facts, add none, leave \
+none out, and keep about the same length and the same kind of layout.{limit}
+
+{conversation}
+
+{answer}
+
+Print only the edited answer."""
+
 # One short turn that ends in the word to go on from, so that even small models answer with a letter. The embedded model
 # gave 8 verdicts for 8 records with this text, 5 with a longer list of what does not count, and none with a system turn and
 # a form to fill in.
@@ -126,14 +196,6 @@ place of the last request.
 Print only the new request, without an answer and without quotation marks."""
 
 
-def _brief(system: str, text: str) -> list[Message]:
-    return [{"role": "system", "content": system}, {"role": "user", "content": text}]
-
-
-def _conversation(messages: list[Message], *others: str) -> str:
-    return enclose("conversation", messages_to_text(messages), among=others)
-
-
 def cue_instruction(bias: str) -> str:
     """What a writer is told about a bias.
 
@@ -145,6 +207,17 @@ def cue_instruction(bias: str) -> str:
     return CUE_INSTRUCTIONS[bias]
 
 
+def loss_instruction(bias: str) -> str:
+    """What an editor is told to take away.
+
+    Raises:
+        ContrastRMError: The bias is unknown, or no rewrite bias.
+    """
+    if get_bias(bias).kind != "rewrite":
+        raise ContrastRMError(f"bias {bias!r} has no cue to take away; those that do: {', '.join(LOSS_INSTRUCTIONS)}")
+    return LOSS_INSTRUCTIONS[bias]
+
+
 def word_limit(max_new_tokens: int) -> int | None:
     """Words that surely fit into so many tokens; None where the room is so large that a limit would only disturb.
 
@@ -154,9 +227,21 @@ def word_limit(max_new_tokens: int) -> int | None:
 
 
 def _limit_line(max_words: int | None) -> str:
-    return (
-        "" if max_words is None else f"\n\nLength: at most {max_words} words in all, and the last sentence is complete."
-    )
+    if max_words is None:
+        return ""
+    return f"\n\nLength: at most {max_words} words in all, and the last sentence is complete."
+
+
+def _conversation(messages: list[Message], *others: str) -> str:
+    return enclose("conversation", messages_to_text(messages), among=others)
+
+
+def _answer(tag: str, answer: str, messages: list[Message]) -> str:
+    return enclose(tag, answer, among=[messages_to_text(messages)])
+
+
+def _with_system(system: str, text: str) -> list[Message]:
+    return [{"role": "system", "content": system}, {"role": "user", "content": text}]
 
 
 def build_wrong_answer(messages: list[Message], bias: str, *, max_words: int | None = None) -> list[Message]:
@@ -164,7 +249,7 @@ def build_wrong_answer(messages: list[Message], bias: str, *, max_words: int | N
     text = _WRONG_ANSWER.format(
         cue=cue_instruction(bias), conversation=_conversation(messages), limit=_limit_line(max_words)
     )
-    return _brief(_WRITER_SYSTEM, text)
+    return _with_system(_WRITER_SYSTEM, text)
 
 
 def build_rewrite(messages: list[Message], rejected: str, bias: str, *, max_words: int | None = None) -> list[Message]:
@@ -172,10 +257,33 @@ def build_rewrite(messages: list[Message], rejected: str, bias: str, *, max_word
     text = _REWRITE.format(
         cue=cue_instruction(bias),
         conversation=_conversation(messages, rejected),
-        answer=enclose("flawed_answer", rejected, among=[messages_to_text(messages)]),
+        answer=_answer("flawed_answer", rejected, messages),
         limit=_limit_line(max_words),
     )
-    return _brief(_WRITER_SYSTEM, text)
+    return _with_system(_WRITER_SYSTEM, text)
+
+
+def build_plain_rewrite(
+    messages: list[Message], chosen: str, bias: str, *, max_words: int | None = None
+) -> list[Message]:
+    """Ask for a good answer without the cue of a bias, its content kept."""
+    text = _PLAIN.format(
+        cue=loss_instruction(bias),
+        conversation=_conversation(messages, chosen),
+        answer=_answer("given_answer", chosen, messages),
+        limit=_limit_line(max_words),
+    )
+    return _with_system(_EDITOR_SYSTEM, text)
+
+
+def build_polish(messages: list[Message], answer: str, *, max_words: int | None = None) -> list[Message]:
+    """Ask for an answer to be polished, its content kept."""
+    text = _POLISH.format(
+        conversation=_conversation(messages, answer),
+        answer=_answer("given_answer", answer, messages),
+        limit=_limit_line(max_words),
+    )
+    return _with_system(_EDITOR_SYSTEM, text)
 
 
 def candidate_letters(n_candidates: int) -> list[str]:
@@ -207,7 +315,7 @@ def build_judge(messages: list[Message], candidates: Sequence[str]) -> list[Mess
 
 def build_similar_question(messages: list[Message]) -> list[Message]:
     """Ask for a request that resembles the last one and wants something else."""
-    return _brief(_SIMILAR_SYSTEM, _SIMILAR.format(conversation=_conversation(messages)))
+    return _with_system(_SIMILAR_SYSTEM, _SIMILAR.format(conversation=_conversation(messages)))
 
 
 def build_similar_answer(messages: list[Message], similar_question: str) -> list[Message]:

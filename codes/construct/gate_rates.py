@@ -34,7 +34,7 @@ from codes.common.records import (
 )
 from codes.common.reporting import Section, render_markdown
 from codes.common.stats import Rate, wilson
-from codes.construct.cues import gained_cue, shows_cue
+from codes.construct.gates import gained_cue, shows_cue
 
 EXTERNAL_DATA = "CONTRASTRM_EXTERNAL_DATA"
 REPO_ROOT = Path(__file__).resolve().parents[2]

@@ -22,27 +22,27 @@ from __future__ import annotations
 import argparse
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from codes.common.biases import INJECTABLE
-from codes.common.cli import run
+from codes.common.cli import positive, run
 from codes.common.errors import ContrastRMError
-from codes.common.llm import ApiError, Completion, Outcome
+from codes.common.llm import ApiError
 from codes.common.records import (
     CheckedPreferenceFile,
     Message,
     PreferenceRecord,
+    check_preference_file,
     ensure_writable_folder,
     open_atomic,
     write_row,
 )
-from codes.construct.api import Api, add_api_arguments, open_api_of
+from codes.construct.api import Api, OnOff, StepSettings, open_api_of, settings_of, step_parser
 from codes.construct.build_prompt import (
     PROMPT_VERSION,
-    STRATEGIES,
     Strategy,
     build_rewrite,
     build_wrong_answer,
@@ -50,21 +50,51 @@ from codes.construct.build_prompt import (
     word_limit,
 )
 from codes.construct.gates import answer_defect
-from codes.construct.steps import (
+from codes.construct.pipeline import (
     FailureLog,
     append_rejected,
-    ask_groups,
-    check_input,
-    injections_of,
+    ask_each,
+    hold_work_dir,
+    open_failures,
+    original_rejected,
     print_summary,
     read_counts,
-    require_some,
     usage_counts,
+    write_report_section,
 )
 from codes.construct.template import TEMPLATE_VERSION, apply_template
-from codes.construct.work_dir import failure, hold_work_dir, request_failure, write_report_section
 
 STEP = "gptout"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(StepSettings):
+    """The step's settings (``StepSettings`` has those of all steps)."""
+
+    output_file: Path
+    strategy: Strategy = field(default="wrong_answer", metadata={"help": "template needs no model"})
+    bias_types: str = field(default="all", metadata={"help": f"all, or some of {','.join(INJECTABLE)}"})
+    biases_per_record: int = field(default=2, metadata={"help": "different ones", "type": positive})
+    cue_gate: OnOff = field(
+        default="on",
+        metadata={
+            "help": "on: a text must show its cue; off: for languages other than English, whose cues the word lists miss"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Check what belongs together.
+
+        Raises:
+            ContrastRMError: More biases a record than there are, or see ``parse_bias_types``.
+        """
+        if self.biases_per_record > len(self.biases):
+            raise ContrastRMError(f"--biases_per_record must be 1 to {len(self.biases)} (the number of --bias_types)")
+
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """The names of ``bias_types``."""
+        return parse_bias_types(self.bias_types)
 
 
 @dataclass(frozen=True)
@@ -77,33 +107,11 @@ class Injection:
     """
 
     bias: str
-    strategy: Strategy
     source_index: int | None
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is to be written for each record; decided before any request, and the same every time it is read."""
-
-    source: CheckedPreferenceFile
-    strategy: Strategy
-    allowed: tuple[str, ...]
-    per_record: int
-    seed: int
-
-    def __len__(self) -> int:
-        """Answers to write."""
-        return len(self.source) * self.per_record
-
-    def __iter__(self) -> Iterator[tuple[PreferenceRecord, list[Injection]]]:
-        for record, biases in zip(self.source, deal_biases(self.allowed, self.per_record, self.seed), strict=False):
-            sources = original_rejected(record)
-            draw = random.Random(f"source:{self.seed}:{record.id}")
-            choose = self.strategy != "wrong_answer"
-            yield (
-                record,
-                [Injection(bias, self.strategy, draw.choice(sources) if choose else None) for bias in biases],
-            )
+# A record with the answers to write for it.
+Planned = tuple[PreferenceRecord, list[Injection]]
 
 
 @dataclass
@@ -120,9 +128,9 @@ class InjectionCounts:
         """Count a text that did not become data."""
         self.refused.setdefault(bias, Counter())[reason] += 1
 
-    def by_bias(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """For the report."""
-        return {
+        by_bias = {
             bias: {
                 "n_planned": self.planned[bias],
                 "n_kept": self.kept[bias],
@@ -130,6 +138,13 @@ class InjectionCounts:
             }
             for bias in INJECTABLE
             if self.planned[bias]
+        }
+        return {
+            "n_planned": dict(sorted(self.planned.items())),
+            "n_injected": dict(sorted(self.kept.items())),
+            "by_bias": by_bias,
+            "n_records_written": self.n_records_written,
+            "n_records_lost": self.n_records_lost,
         }
 
 
@@ -171,36 +186,36 @@ def deal_biases(allowed: Sequence[str], per_record: int, seed: int) -> Iterator[
         yield dealt
 
 
-def original_rejected(record: PreferenceRecord) -> list[int]:
-    """Positions in ``rejected`` of the answers that nobody injected."""
-    made = {injection["index"] for injection in injections_of(record)}
-    return [position for position, bias in enumerate(record.bias_type) if bias is None and position not in made]
-
-
-def plan_injections(
-    input_file: Path,
-    *,
-    strategy: Strategy,
-    allowed: tuple[str, ...],
-    per_record: int,
-    seed: int,
-    limit: int,
-    max_bad_rows: int,
-) -> Plan:
-    """Check the input and decide what to write, before any request.
+def check_input(settings: Settings) -> CheckedPreferenceFile:
+    """Read the input through before anything is asked.
 
     Raises:
         ContrastRMError: Unusable input, or an answer is to be restyled in a record that has no original one.
     """
 
-    def see(record: PreferenceRecord) -> None:
-        if strategy != "wrong_answer" and not original_rejected(record):
+    def require_source(record: PreferenceRecord) -> None:
+        if settings.strategy != "wrong_answer" and not original_rejected(record):
             raise ContrastRMError(
                 f"record {record.id!r} has no original rejected answer to restyle; use --strategy wrong_answer"
             )
 
-    source = check_input(input_file, max_bad_rows=max_bad_rows, limit=limit, see=see)
-    return Plan(source, strategy, allowed, per_record, seed)
+    return check_preference_file(
+        settings.input_file,
+        max_bad_rows=settings.max_bad_rows,
+        require_rejected=False,
+        limit=settings.limit,
+        see=require_source,
+    )
+
+
+def plan_injections(records: Iterable[PreferenceRecord], settings: Settings) -> Iterator[Planned]:
+    """Each record with the answers to write for it, before any request."""
+    dealt = deal_biases(settings.biases, settings.biases_per_record, settings.seed)
+    for record, biases in zip(records, dealt, strict=False):
+        sources = original_rejected(record)
+        draw = random.Random(f"source:{settings.seed}:{record.id}")
+        choose = settings.strategy != "wrong_answer"
+        yield record, [Injection(bias, draw.choice(sources) if choose else None) for bias in biases]
 
 
 def injection_prompt(record: PreferenceRecord, injection: Injection, max_words: int | None) -> list[Message]:
@@ -211,70 +226,71 @@ def injection_prompt(record: PreferenceRecord, injection: Injection, max_words: 
     return build_rewrite(record.messages, source, injection.bias, max_words=max_words)
 
 
-def write_by_template(record: PreferenceRecord, injection: Injection, seed: int) -> Completion:
-    """The answer of the rules, in the shape of a model's answer."""
-    assert injection.source_index is not None, "the template strategy restyles an answer"
-    source = record.rejected[injection.source_index]
-    return Completion(apply_template(source, injection.bias, record_id=record.id, seed=seed), "stop", 0, 0)
+def write_answers(
+    planned: Iterable[Planned], api: Api | None, *, seed: int, total: int
+) -> Iterator[tuple[Planned, list[str | ApiError]]]:
+    """Each record's answers as they come from the model (or the error that came), or from the rules where there is none."""
+    if api is None:
+        for record, injections in planned:
+            sources = [record.rejected[injection.source_index or 0] for injection in injections]
+            yield (
+                (record, injections),
+                [
+                    apply_template(source, injection.bias, record_id=record.id, seed=seed)
+                    for injection, source in zip(injections, sources, strict=True)
+                ],
+            )
+        return
+    max_words = word_limit(api.max_new_tokens)
+
+    def prompts_of(item: Planned) -> list[list[Message]]:
+        record, injections = item
+        return [injection_prompt(record, injection, max_words) for injection in injections]
+
+    for item, outcomes in ask_each(api, planned, prompts_of, "biased answers", total=total):
+        yield item, [outcome if isinstance(outcome, ApiError) else outcome.text.strip() for outcome in outcomes]
 
 
-def take_outcome(
+def take_answer(
     record: PreferenceRecord,
     injection: Injection,
-    outcome: Outcome,
+    answer: str | ApiError,
+    settings: Settings,
     *,
     counts: InjectionCounts,
     failures: FailureLog,
     origin: dict[str, Any],
-    check_cue: bool,
 ) -> None:
     """Append an answer that passes the gates to its record (in place); count and record the others."""
     counts.planned[injection.bias] += 1
-    details: dict[str, Any] = {"bias": injection.bias, "strategy": injection.strategy}
-    if isinstance(outcome, ApiError):
-        counts.refuse(injection.bias, outcome.reason)
-        failures.add(request_failure(record.id, STEP, outcome, **details))
-        return
-    text = outcome.text.strip()
+    details: dict[str, Any] = {"bias": injection.bias, "strategy": settings.strategy}
     source = None if injection.source_index is None else record.rejected[injection.source_index]
-    defect = answer_defect(
-        text,
-        chosen=record.chosen,
-        others=record.rejected,
-        rewritten_from=source,
-        bias=injection.bias,
-        question=record.question,
-        # A rule that adds a cue has added it: one sentence, which in a long text weighs little.
-        check_cue=check_cue and injection.strategy != "template",
-    )
-    if defect is not None:
+    defect: str | ApiError | None
+    if isinstance(answer, ApiError):
+        defect = answer
+        counts.refuse(injection.bias, answer.reason)
+    else:
+        defect = answer_defect(
+            answer,
+            chosen=record.chosen,
+            others=record.rejected,
+            rewritten_from=source,
+            bias=injection.bias,
+            question=record.question,
+            # A rule that adds a cue has added it: one sentence, which in a long text weighs little.
+            check_cue=settings.cue_gate == "on" and settings.strategy != "template",
+        )
+        if defect is None:
+            place = {} if injection.source_index is None else {"source_index": injection.source_index}
+            append_rejected(record, answer, bias=injection.bias, origin=details | origin | place)
+            counts.kept[injection.bias] += 1
+            return
         counts.refuse(injection.bias, defect)
-        failures.add(failure(record.id, STEP, defect, **details))
-        return
-    if injection.source_index is not None:
-        origin = origin | {"source_index": injection.source_index}
-    append_rejected(record, text, bias=injection.bias, origin=details | origin)
-    counts.kept[injection.bias] += 1
+    failures.add(record.id, defect, **details)
 
 
-def inject(
-    *,
-    api: Api | None,
-    input_file: Path,
-    output_file: Path,
-    work_dir: Path,
-    strategy: Strategy,
-    bias_types: tuple[str, ...],
-    biases_per_record: int,
-    limit: int,
-    seed: int,
-    max_bad_rows: int,
-    check_cue: bool = True,
-) -> tuple[dict[str, Any], int]:
-    """The whole step.
-
-    Args:
-        api: None for the ``template`` strategy.
+def inject(settings: Settings, api: Api | None) -> tuple[dict[str, Any], int]:
+    """The whole step; ``api`` is None for the ``template`` strategy.
 
     Returns:
         The step's section of the report, and the number of requests that brought no answer.
@@ -282,131 +298,61 @@ def inject(
     Raises:
         ContrastRMError: Unusable input, a fatal error of the server, or not one injection that can be kept.
     """
-    plan = plan_injections(
-        input_file,
-        strategy=strategy,
-        allowed=bias_types,
-        per_record=biases_per_record,
-        seed=seed,
-        limit=limit,
-        max_bad_rows=max_bad_rows,
-    )
-    for folder in (output_file.parent, work_dir):
+    source = check_input(settings)
+    for folder in (settings.output_file.parent, settings.work_dir):
         ensure_writable_folder(folder)
-    model = api.model if api is not None else None
     version = PROMPT_VERSION if api is not None else TEMPLATE_VERSION
-    origin = {"model": model, "prompt_version": version, "seed": seed}
+    origin = {"model": None if api is None else api.model, "prompt_version": version, "seed": settings.seed}
     counts = InjectionCounts()
-    with FailureLog(work_dir, STEP) as failures, open_atomic(output_file) as handle:
-        for (record, injections), outcomes in _outcomes(plan, api):
-            for injection, outcome in zip(injections, outcomes, strict=True):
-                take_outcome(
-                    record,
-                    injection,
-                    outcome,
-                    counts=counts,
-                    failures=failures,
-                    origin=origin,
-                    check_cue=check_cue,
-                )
-            if record.rejected:
-                write_row(handle, record.to_row())
-                counts.n_records_written += 1
-            else:
-                counts.n_records_lost += 1
-                failures.add(failure(record.id, STEP, "no_rejected_left"))
-        failed_file = failures.commit()
-        section = _report_section(plan, counts, failures) | origin | {"output_file": str(output_file)}
-        write_report_section(work_dir, STEP, section | usage_counts(api))
-        require_some(counts.kept.total(), counts.planned.total(), failures, failed_file)
-        return section, failures.n_requests
-
-
-def _outcomes(
-    plan: Plan, api: Api | None
-) -> Iterator[tuple[tuple[PreferenceRecord, list[Injection]], Sequence[Outcome]]]:
-    if api is None:
-        for record, injections in plan:
-            yield (
-                (record, injections),
-                [write_by_template(record, injection, plan.seed) for injection in injections],
-            )
-        return
-    max_words = word_limit(api.max_new_tokens)
-
-    def groups() -> Iterator[tuple[tuple[PreferenceRecord, list[Injection]], list[list[Message]]]]:
-        for record, injections in plan:
-            prompts = [injection_prompt(record, injection, max_words) for injection in injections]
-            yield (record, injections), prompts
-
-    yield from ask_groups(api, groups, "biased answers", total=len(plan))
-
-
-def _report_section(plan: Plan, counts: InjectionCounts, failures: FailureLog) -> dict[str, Any]:
-    return read_counts(plan.source) | {
-        "strategy": plan.strategy,
-        "bias_types": list(plan.allowed),
-        "biases_per_record": plan.per_record,
-        "n_planned": dict(sorted(counts.planned.items())),
-        "n_injected": dict(sorted(counts.kept.items())),
-        "by_bias": counts.by_bias(),
-        "n_failed": failures.counts(),
-        "n_records_written": counts.n_records_written,
-        "n_records_lost": counts.n_records_lost,
-    }
+    answers = write_answers(
+        plan_injections(source, settings), api, seed=settings.seed, total=len(source) * settings.biases_per_record
+    )
+    with open_atomic(settings.output_file) as handle:
+        with open_failures(settings.work_dir, STEP) as failures:
+            for (record, injections), texts in answers:
+                for injection, text in zip(injections, texts, strict=True):
+                    take_answer(record, injection, text, settings, counts=counts, failures=failures, origin=origin)
+                if record.rejected:
+                    write_row(handle, record.to_row())
+                    counts.n_records_written += 1
+                else:
+                    counts.n_records_lost += 1
+                    failures.add(record.id, "no_rejected_left")
+        section = read_counts(source) | origin | counts.to_dict()
+        section |= {
+            "strategy": settings.strategy,
+            "bias_types": list(settings.biases),
+            "biases_per_record": settings.biases_per_record,
+            "n_failed": failures.counts(),
+            "output_file": str(settings.output_file),
+        }
+        write_report_section(settings.work_dir, STEP, section | usage_counts(api))
+        failures.require_some(counts.kept.total(), counts.planned.total())
+    return section, failures.n_requests
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m codes.construct.gptout", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--input_file", type=Path, required=True)
-    parser.add_argument("--output_file", type=Path, required=True)
-    parser.add_argument("--strategy", choices=STRATEGIES, default="wrong_answer", help="template needs no model")
-    parser.add_argument("--bias_types", default="all", help=f"all, or some of {','.join(INJECTABLE)}")
-    parser.add_argument("--biases_per_record", type=int, default=2)
-    parser.add_argument(
-        "--cue_gate",
-        choices=("on", "off"),
-        default="on",
-        help="on: a text must show its cue; off: for languages other than English, whose cues the word lists miss",
-    )
-    add_api_arguments(parser, temperature=0.7, max_new_tokens=1024)
-    return parser
+    return step_parser(STEP, __doc__, Settings, temperature=0.7, max_tokens=1024)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the step from the command line."""
     args = build_parser().parse_args(argv)
-    bias_types = parse_bias_types(args.bias_types)
-    if not 1 <= args.biases_per_record <= len(bias_types):
-        raise ContrastRMError(f"--biases_per_record must be 1 to {len(bias_types)} (the number of --bias_types)")
+    settings = settings_of(args, Settings)
 
     def run_step(api: Api | None) -> int:
-        section, n_failed_requests = inject(
-            api=api,
-            input_file=args.input_file,
-            output_file=args.output_file,
-            work_dir=args.work_dir,
-            strategy=args.strategy,
-            bias_types=bias_types,
-            biases_per_record=args.biases_per_record,
-            limit=args.limit,
-            seed=args.seed,
-            max_bad_rows=args.max_bad_rows,
-            check_cue=args.cue_gate == "on",
-        )
+        section, n_failed_requests = inject(settings, api)
         n_kept, n_planned = sum(section["n_injected"].values()), sum(section["n_planned"].values())
-        title = f"{args.output_file}: {section['n_records_written']} records"
-        print_summary(title, n_kept, n_planned, section["n_failed"], args.work_dir)
+        title = f"{settings.output_file}: {section['n_records_written']} records"
+        print_summary(title, n_kept, n_planned, section["n_failed"], settings.work_dir)
         return 0 if api is None else api.exit_code(n_failed_requests)
 
-    if args.strategy == "template":
+    if settings.strategy == "template":
         if args.estimate:
             print("estimate for biased answers: the template strategy asks no model; nothing to pay")
             return 0
-        with hold_work_dir(args.work_dir):
+        with hold_work_dir(settings.work_dir):
             return run_step(None)
     api = open_api_of(args)
     with api.ledger:

@@ -40,8 +40,13 @@ from codes.common.reporting import (
 from codes.common.stats import mean_interval, wilson
 from codes.construct import gptinst, gptout, verify_correctness
 from codes.construct.gates import REASONS
-from codes.construct.steps import injections_of
-from codes.construct.work_dir import FAILED_FILE, REPORT_FILE, write_report_section
+from codes.construct.pipeline import (
+    FAILED_FILE,
+    REPORT_FILE,
+    injections_of,
+    original_rejected,
+    write_report_section,
+)
 
 SUMMARY = "summary"
 MARKDOWN_FILE = "construction_report.md"
@@ -113,7 +118,7 @@ def read_rows(rows_file: Path, seed: int) -> RowFigures:
 
 def _add_shifts(record: PreferenceRecord, figures: RowFigures) -> None:
     origins = {entry["index"]: entry for entry in injections_of(record)}
-    originals = gptout.original_rejected(record)
+    originals = original_rejected(record)
     for position, (text, bias) in enumerate(zip(record.rejected, record.bias_type, strict=True)):
         if bias is None:
             continue

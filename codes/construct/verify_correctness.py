@@ -1,8 +1,8 @@
 """Let a judge confirm that the chosen answer is the best of its record, and write the training set.
 
 Reads preference records (JSONL); writes all of them with ``verify_correctness`` and ``verification`` (``--output_file``)
-and those fit for training (``--train_file``), in the order of the input. Leaves ``failed.jsonl``, ``verdicts.jsonl`` (every
-verdict of every round), ``construction_report.json`` and the ledger in the work folder. Example:
+and those fit for training (``--train_file``), in the order of the input. Leaves ``failed.jsonl``,
+``construction_report.json`` and the ledger in the work folder. Example:
 
 ``python -m codes.construct.verify_correctness --input_file output/construct/gptout.jsonl
 --output_file output/construct/verified.jsonl --train_file output/construct/train.jsonl``
@@ -15,9 +15,9 @@ another place. A record is
 * ``CHOSEN_NOT_BEST`` otherwise,
 * ``SKIPPED`` when nobody was asked (``--judge none``).
 
-``--drop_bad_negatives`` drops each rejected answer that was picked over the chosen in any order, and judges what remains
-again, in all orders, until the chosen answer wins or no rejected answer is left. Only a record that ends as
-``CHOSEN_IS_BEST`` loses answers that way; any other is written whole, with the verdict of the first round.
+``--drop_bad_negatives`` judges a ``CHOSEN_NOT_BEST`` record once more, in all orders, without the rejected answers that were
+picked over the chosen one. Where the chosen answer wins now, they are dropped and the record is ``CHOSEN_IS_BEST``; otherwise
+the record is written whole, with its first verdict.
 """
 
 from __future__ import annotations
@@ -26,51 +26,92 @@ import argparse
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from codes.common.base_model import is_embedded
 from codes.common.biases import INJECTABLE
-from codes.common.cli import run
+from codes.common.cli import natural, positive, run
 from codes.common.errors import ContrastRMError
-from codes.common.judging import (
-    MAX_UNREAD,
-    UnreadVerdicts,
-    add_unread_argument,
-    judge_max_new_tokens,
-    judge_temperature,
-    read_verdict,
-)
+from codes.common.judging import MAX_UNREAD, UnreadVerdicts, judge_max_new_tokens, judge_temperature, read_verdict
 from codes.common.llm import ApiError, Outcome
 from codes.common.records import (
     VERIFY_VALUES,
     CheckedPreferenceFile,
     Message,
     PreferenceRecord,
+    check_preference_file,
     ensure_writable_folder,
-    iter_jsonl,
     open_atomic,
     write_row,
 )
 from codes.common.stats import wilson
-from codes.construct.api import Api, add_api_arguments, is_embedded_server, open_api_of
+from codes.construct.api import Api, StepSettings, is_embedded_server, open_api_of, settings_of, step_parser
 from codes.construct.build_prompt import PROMPT_VERSION, build_judge, candidate_letters
-from codes.construct.steps import FailureLog, ask_groups, check_input, injections_of, read_counts, usage_counts
-from codes.construct.work_dir import failure, hold_work_dir, request_failure, write_report_section
+from codes.construct.pipeline import (
+    FailureLog,
+    ask_each,
+    hold_work_dir,
+    injections_of,
+    open_failures,
+    read_counts,
+    usage_counts,
+    write_report_section,
+)
 
 STEP = "verify_correctness"
 MAX_CANDIDATES = 26
 NOT_INJECTED = "not injected"
-VERDICTS_FILE = "verdicts.jsonl"
 
 VerifyFilter = Literal["auto", "on", "off"]
 Item = TypeVar("Item")
 
 
-# --- one record ---------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class Settings(StepSettings):
+    """The step's settings (``StepSettings`` has those of all steps)."""
+
+    output_file: Path = field(metadata={"help": "all judged rows"})
+    train_file: Path = field(metadata={"help": "the rows fit for training"})
+    judge: Literal["model", "none"] = field(default="model", metadata={"help": "none: ask nobody, keep all rows"})
+    verify_filter: VerifyFilter = field(
+        default="auto",
+        metadata={
+            "help": "on: keep CHOSEN_IS_BEST; off: keep all; auto: on unless the judge is the embedded model or none"
+        },
+    )
+    orders: int = field(default=2, metadata={"help": "orders in which a record's answers are shown", "type": positive})
+    drop_bad_negatives: bool = field(
+        default=False,
+        metadata={
+            "help": "drop rejected answers that are picked over the chosen, where it beats all others when judged again"
+        },
+    )
+    expected_negatives: int = field(
+        default=0,
+        metadata={
+            "help": "with --estimate: rejected answers that each record is still to get from the steps before",
+            "type": natural,
+        },
+    )
+    max_unread: int = field(
+        default=MAX_UNREAD,
+        metadata={"help": "answers in a row that are no verdict stop the run; 0: never", "type": natural},
+    )
+
+    def __post_init__(self) -> None:
+        """Check what belongs together.
+
+        Raises:
+            ContrastRMError: A filter without a judge.
+        """
+        if self.judge == "none" and self.verify_filter == "on":
+            raise ContrastRMError("--judge none gives no verdict to filter by; use --verify_filter auto or off")
+
+
+# --- one record -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -93,16 +134,24 @@ class OrderVerdict:
     Attributes:
         shown: Candidate numbers in the order shown; 0 is the one that should win.
         picked: The candidate that the judge picked; None where there is no verdict.
-        reason: Why there is no verdict.
+        problem: Why there is no verdict: a reason, or the request's error.
         message: What the judge wrote instead of one.
-        error: The request's error, if that is the reason.
     """
 
     shown: tuple[int, ...]
     picked: int | None
-    reason: str | None = None
+    problem: str | ApiError | None = None
     message: str | None = None
-    error: ApiError | None = None
+
+    @property
+    def reason(self) -> str | None:
+        """Why there is no verdict, as a class for counting."""
+        return self.problem.reason if isinstance(self.problem, ApiError) else self.problem
+
+    def to_row(self) -> dict[str, Any]:
+        """As it stands in ``verification``."""
+        row: dict[str, Any] = {"shown": list(self.shown), "picked": self.picked}
+        return row if self.problem is None else row | {"reason": self.reason}
 
 
 @dataclass(frozen=True)
@@ -132,6 +181,13 @@ class Judgement:
     def preferred(self) -> set[int]:
         """Candidates that were picked over number 0 in some order."""
         return {order.picked for order in self.orders if order.picked}
+
+    def add_failures(self, failures: FailureLog, record_id: str, **details: Any) -> None:
+        """Record the orders without a verdict."""
+        for number, order in enumerate(self.orders):
+            if order.problem is not None:
+                message = {} if order.message is None else {"message": order.message}
+                failures.add(record_id, order.problem, shown_as=number, **details, **message)
 
 
 def shown_orders(record_id: str, n_candidates: int, seed: int, n_orders: int) -> list[tuple[int, ...]]:
@@ -164,22 +220,29 @@ def parse_verdict(text: str, n_candidates: int, *, cut_off: bool = False) -> int
     return letters.index(letter) if letter in letters else None
 
 
-def judge_stream(
+def judge_prompts(candidates: Candidates, n_orders: int, seed: int) -> list[list[Message]]:
+    """One prompt an order; none where there are more candidates than letters."""
+    if len(candidates.texts) > MAX_CANDIDATES:
+        return []
+    orders = shown_orders(candidates.id, len(candidates.texts), seed, n_orders)
+    return [build_judge(candidates.messages, [candidates.texts[number] for number in order]) for order in orders]
+
+
+def judge_each(
     api: Api,
-    read_items: Callable[[], Iterable[tuple[Item, Candidates | None]]],
+    items: Iterable[tuple[Item, Candidates | None]],
     *,
     n_orders: int,
     seed: int,
     unread: UnreadVerdicts,
     description: str = "verdicts",
     total: int | None = None,
-) -> Iterator[tuple[Item, Judgement]]:
+) -> Iterator[tuple[Item, Judgement | None]]:
     """Ask the judge about item after item, in order.
 
     Args:
         api: Asks the judge.
-        read_items: Gives the items and what to compare for each; the same every time (see ``ask_groups``). None: the item
-            is passed on without verdicts.
+        items: Each with what to compare; None: the item is passed on without a judgement.
         n_orders: Orders to show each item's candidates in.
         seed: Of the orders.
         unread: Ends the run where no answer is a verdict.
@@ -187,20 +250,16 @@ def judge_stream(
         total: Requests expected, for the progress bar.
     """
 
-    def groups() -> Iterator[tuple[tuple[Item, list[tuple[int, ...]]], list[list[Message]]]]:
-        for item, candidates in read_items():
-            orders = [] if candidates is None else shown_orders(candidates.id, len(candidates.texts), seed, n_orders)
-            if candidates is None or len(candidates.texts) > MAX_CANDIDATES:
-                yield (item, orders), []
-                continue
-            prompts = [
-                build_judge(candidates.messages, [candidates.texts[number] for number in order]) for order in orders
-            ]
-            yield (item, orders), prompts
+    def prompts_of(asked: tuple[Item, Candidates | None]) -> list[list[Message]]:
+        return [] if asked[1] is None else judge_prompts(asked[1], n_orders, seed)
 
-    for (item, orders), outcomes in ask_groups(api, groups, description, total=total, accept_cut_off=True):
-        if orders and not outcomes:
-            yield item, Judgement(tuple(OrderVerdict(order, None, "too_many_candidates") for order in orders[:1]))
+    for (item, candidates), outcomes in ask_each(api, items, prompts_of, description, total=total, accept_cut_off=True):
+        if candidates is None:
+            yield item, None
+            continue
+        orders = shown_orders(candidates.id, len(candidates.texts), seed, n_orders)
+        if not outcomes:
+            yield item, Judgement((OrderVerdict(orders[0], None, "too_many_candidates"),))
             continue
         verdicts = tuple(map(_read_outcome, orders, outcomes))
         for verdict, outcome in zip(verdicts, outcomes, strict=True):
@@ -210,179 +269,97 @@ def judge_stream(
 
 def _read_outcome(order: tuple[int, ...], outcome: Outcome) -> OrderVerdict:
     if isinstance(outcome, ApiError):
-        return OrderVerdict(order, None, outcome.reason, str(outcome), outcome)
+        return OrderVerdict(order, None, outcome)
     position = parse_verdict(outcome.text, len(order), cut_off=outcome.finish_reason == "length")
     if position is None:
         return OrderVerdict(order, None, "no_verdict", f"the judge wrote: {outcome.text[:200]}")
     return OrderVerdict(order, order[position])
 
 
-def failure_of(record_id: str, step: str, order: OrderVerdict, **details: Any) -> dict[str, Any]:
-    """The row of ``failed.jsonl`` for an order without a verdict."""
-    assert order.reason is not None, "an order with a verdict did not fail"
-    if order.error is not None:
-        return request_failure(record_id, step, order.error, **details)
-    message = {} if order.message is None else {"message": order.message}
-    return failure(record_id, step, order.reason, **details, **message)
+# --- all records ----------------------------------------------------------------------------------------------------------
 
 
-# --- rounds -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Round:
-    """One round about one record, as it stands in ``verdicts.jsonl``.
+@dataclass(frozen=True)
+class Judged:
+    """What the judge said about one record.
 
     Attributes:
-        alive: The record's rejected answers that were shown, by position.
-        orders: Per order ``shown`` and ``picked`` as candidate numbers of the record (0: the chosen, ``i + 1``:
-            ``rejected[i]``), and ``reason`` where there is no verdict.
-        verdict: See ``Judgement.verdict``.
+        record: As it was read.
+        first: About all its answers; None where nobody was asked.
+        kept: Positions in ``rejected`` of the answers that nobody picked over the chosen one, where some were.
+        second: About the chosen answer and the kept ones, where these were judged again.
     """
 
-    alive: list[int]
-    orders: list[dict[str, Any]]
-    verdict: str
-
-    def still_alive(self) -> list[int]:
-        """The rejected answers that were not picked over the chosen one."""
-        picked = {order["picked"] for order in self.orders}
-        return [position for position in self.alive if position + 1 not in picked]
+    record: PreferenceRecord
+    first: Judgement | None
+    kept: tuple[int, ...] = ()
+    second: Judgement | None = None
 
 
-def _round_of(judgement: Judgement, alive: list[int]) -> Round:
-    numbers = [0, *(position + 1 for position in alive)]
-    orders = []
-    for order in judgement.orders:
-        row: dict[str, Any] = {
-            "shown": [numbers[candidate] for candidate in order.shown],
-            "picked": None if order.picked is None else numbers[order.picked],
-        }
-        orders.append(row if order.reason is None else row | {"reason": order.reason})
-    return Round(alive, orders, judgement.verdict)
+def _candidates(record: PreferenceRecord, positions: Iterable[int]) -> Candidates:
+    texts = [record.chosen, *(record.rejected[position] for position in positions)]
+    return Candidates(record.id, record.messages, texts)
 
 
-def next_alive(rounds: Sequence[Round], n_rejected: int, drop_bad_negatives: bool) -> list[int] | None:
-    """The rejected answers to show in the next round; None where no further round is due."""
-    if not rounds:
-        return list(range(n_rejected))
-    last = rounds[-1]
-    if not drop_bad_negatives or last.verdict != "CHOSEN_NOT_BEST":
-        return None
-    return last.still_alive() or None
+def judge_records(
+    api: Api, source: CheckedPreferenceFile, settings: Settings, failures: FailureLog
+) -> Iterator[Judged]:
+    """Every record with its judgement, and with the second one where bad negatives are to be dropped."""
+    unread = UnreadVerdicts(settings.max_unread)
 
+    def judge(
+        items: Iterable[tuple[Judged, Candidates | None]], number: int
+    ) -> Iterator[tuple[Judged, Judgement | None]]:
+        description = "verdicts" if number == 1 else f"verdicts, round {number}"
+        for item, judgement in judge_each(
+            api, items, n_orders=settings.orders, seed=settings.seed, unread=unread, description=description
+        ):
+            if judgement is not None:
+                judgement.add_failures(failures, item.record.id, round=number)
+            yield item, judgement
 
-def read_rounds(source: CheckedPreferenceFile, file: Path | None) -> Iterator[tuple[PreferenceRecord, list[Round]]]:
-    """Each record with its rounds so far; ``None``: before the first one."""
-    if file is None:
-        yield from ((record, []) for record in source)
+    all_answers = ((Judged(record, None), _candidates(record, range(len(record.rejected)))) for record in source)
+    first_round = (Judged(item.record, judgement) for item, judgement in judge(all_answers, 1))
+    if not settings.drop_bad_negatives:
+        yield from first_round
         return
-    for record, (_, row) in zip(source, iter_jsonl(file), strict=True):
-        yield record, [Round(**entry) for entry in row["rounds"]]
+
+    def without_preferred() -> Iterator[tuple[Judged, Candidates | None]]:
+        for item in first_round:
+            assert item.first is not None
+            preferred = item.first.preferred if item.first.verdict == "CHOSEN_NOT_BEST" else set()
+            kept = tuple(index for index in range(len(item.record.rejected)) if index + 1 not in preferred)
+            candidates = _candidates(item.record, kept) if preferred and kept else None
+            yield Judged(item.record, item.first, kept), candidates
+
+    for item, judgement in judge(without_preferred(), 2):
+        yield Judged(item.record, item.first, item.kept, judgement)
 
 
-def judge_rounds(
-    api: Api,
-    source: CheckedPreferenceFile,
-    verdicts_file: Path,
-    *,
-    n_orders: int,
-    seed: int,
-    drop_bad_negatives: bool,
-    failures: FailureLog,
-    unread: UnreadVerdicts,
-) -> int:
-    """Judge until no record needs another round; every round rewrites ``verdicts_file``, one row a record.
-
-    Returns:
-        The number of rounds.
-    """
-    n_rounds = 0
-    before: Path | None = None
-    while True:
-        n_open = _judge_round(
-            api,
-            partial(read_rounds, source, before),
-            verdicts_file,
-            description="verdicts" if not n_rounds else f"verdicts, round {n_rounds + 1}",
-            n_orders=n_orders,
-            seed=seed,
-            drop_bad_negatives=drop_bad_negatives,
-            failures=failures,
-            unread=unread,
-        )
-        n_rounds, before = n_rounds + 1, verdicts_file
-        if not n_open:
-            return n_rounds
-
-
-def _judge_round(
-    api: Api,
-    read: Callable[[], Iterator[tuple[PreferenceRecord, list[Round]]]],
-    verdicts_file: Path,
-    *,
-    description: str,
-    n_orders: int,
-    seed: int,
-    drop_bad_negatives: bool,
-    failures: FailureLog,
-    unread: UnreadVerdicts,
-) -> int:
-    """One round; returns how many records need another one."""
-
-    def items() -> Iterator[tuple[tuple[PreferenceRecord, list[Round], list[int] | None], Candidates | None]]:
-        for record, rounds in read():
-            alive = next_alive(rounds, len(record.rejected), drop_bad_negatives)
-            texts = None if alive is None else [record.chosen, *(record.rejected[position] for position in alive)]
-            candidates = None if texts is None else Candidates(record.id, record.messages, texts)
-            yield (record, rounds, alive), candidates
-
-    n_open = 0
-    judged = judge_stream(api, items, n_orders=n_orders, seed=seed, unread=unread, description=description)
-    with open_atomic(verdicts_file) as handle:
-        for (record, rounds, alive), judgement in judged:
-            if alive is not None:
-                rounds.append(_round_of(judgement, alive))
-                for number, order in enumerate(judgement.orders):
-                    if order.reason is not None:
-                        failures.add(failure_of(record.id, STEP, order, shown_as=number, round=len(rounds)))
-                n_open += next_alive(rounds, len(record.rejected), drop_bad_negatives) is not None
-            write_row(handle, {"id": record.id, "rounds": [asdict(entry) for entry in rounds]})
-    return n_open
-
-
-# --- the rows -----------------------------------------------------------------------------------------------------------
-
-
-def finish_record(record: PreferenceRecord, rounds: Sequence[Round], origin: dict[str, Any]) -> list[str | None]:
+def finish_record(judged: Judged, origin: dict[str, Any]) -> list[str | None]:
     """Write verdict and ``verification`` into a record (in place); drop the answers that are to go.
 
-    ``verification`` holds the orders of the round that decided, in numbers of the row as it is written, the answers that
-    were dropped (their position in the input, bias and origin), and judge, prompt version and seed.
+    ``verification`` holds the orders that decided, in numbers of the row as it is written (0: the chosen, ``i + 1``:
+    ``rejected[i]``), the answers that were dropped (their position in the input, bias and origin), and judge, prompt version
+    and seed.
 
     Returns:
         The biases of the answers dropped.
     """
-    if not rounds:
+    record = judged.record
+    if judged.first is None:
         record.verify_correctness = "SKIPPED"
         record.extra.pop("verification", None)
         return []
-    deciding = rounds[-1] if rounds[-1].verdict == "CHOSEN_IS_BEST" else rounds[0]
-    record.verify_correctness = deciding.verdict
-    dropped = [position for position in range(len(record.rejected)) if position not in deciding.alive]
-    names = {0: 0} | {position + 1: number for number, position in enumerate(deciding.alive, start=1)}
-    orders = [
-        order
-        | {
-            "shown": [names[number] for number in order["shown"]],
-            "picked": None if order["picked"] is None else names[order["picked"]],
-        }
-        for order in deciding.orders
-    ]
+    deciding, dropped = judged.first, []
+    if judged.second is not None and judged.second.verdict == "CHOSEN_IS_BEST":
+        deciding = judged.second
+        dropped = [position for position in range(len(record.rejected)) if position not in judged.kept]
     injections = {entry["index"]: entry for entry in injections_of(record)}
+    record.verify_correctness = deciding.verdict
     record.extra["verification"] = origin | {
-        "orders": orders,
-        "n_rounds": len(rounds),
+        "orders": [order.to_row() for order in deciding.orders],
+        "n_rounds": 1 if judged.second is None else 2,
         "dropped": [
             {"index": position, "bias": record.bias_type[position]}
             | ({"injection": injections[position]} if position in injections else {})
@@ -391,16 +368,16 @@ def finish_record(record: PreferenceRecord, rounds: Sequence[Round], origin: dic
     }
     biases = [record.bias_type[position] for position in dropped]
     if dropped:
-        _keep_rejected(record, deciding.alive, injections)
+        _keep_rejected(record, judged.kept, injections)
     return biases
 
 
-def _keep_rejected(record: PreferenceRecord, alive: Sequence[int], injections: dict[int, dict[str, Any]]) -> None:
+def _keep_rejected(record: PreferenceRecord, kept: Sequence[int], injections: dict[int, dict[str, Any]]) -> None:
     """Keep some rejected answers; what points at them by position follows."""
-    places = {position: number for number, position in enumerate(alive)}
-    record.rejected = [record.rejected[position] for position in alive]
-    record.bias_type = [record.bias_type[position] for position in alive]
-    record.margins = [record.margins[position] for position in alive if position < len(record.margins)]
+    places = {position: number for number, position in enumerate(kept)}
+    record.rejected = [record.rejected[position] for position in kept]
+    record.bias_type = [record.bias_type[position] for position in kept]
+    record.margins = [record.margins[position] for position in kept if position < len(record.margins)]
     if injections:
         # A source that was dropped is nowhere any more.
         record.extra["injections"] = [
@@ -419,7 +396,7 @@ def filter_is_on(verify_filter: VerifyFilter, api_model: str) -> bool:
     return verify_filter == "on"
 
 
-# --- the report ---------------------------------------------------------------------------------------------------------
+# --- the report -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -431,6 +408,7 @@ class VerdictCounts:
     shown: Counter[str] = field(default_factory=Counter)
     picked: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
+    n_rounds: int = 0
     n_orders: int = 0
     n_first_place: int = 0
     expected_first: float = 0.0
@@ -438,38 +416,44 @@ class VerdictCounts:
     n_flipped: int = 0
     n_records_with_drops: int = 0
 
-    def add_first_round(self, record: PreferenceRecord, first: Round) -> None:
+    def add_first(self, record: PreferenceRecord, judgement: Judgement) -> None:
         """Count the first round of a record."""
-        self.first_verdicts[first.verdict] += 1
-        decided = [order for order in first.orders if order["picked"] is not None]
-        for order in decided:
+        self.first_verdicts[judgement.verdict] += 1
+        for order in judgement.orders:
+            if order.picked is None:
+                continue
             self.n_orders += 1
-            self.n_first_place += order["picked"] == order["shown"][0]
-            self.expected_first += 1 / len(order["shown"])
+            self.n_first_place += order.picked == order.shown[0]
+            self.expected_first += 1 / len(order.shown)
             self.shown.update(bias or NOT_INJECTED for bias in record.bias_type)
-            if order["picked"]:
-                self.picked[record.bias_type[order["picked"] - 1] or NOT_INJECTED] += 1
-        if len(first.orders) > 1 and len(decided) == len(first.orders):
+            if order.picked:
+                self.picked[record.bias_type[order.picked - 1] or NOT_INJECTED] += 1
+        if len(judgement.orders) > 1 and judgement.is_complete:
             self.n_complete += 1
-            self.n_flipped += len({order["picked"] for order in decided}) > 1
+            self.n_flipped += judgement.is_flipped
+
+    def add_finished(self, record: PreferenceRecord, judged: Judged, dropped: list[str | None]) -> None:
+        """Count what became of a record."""
+        n_rounds = (judged.first is not None) + (judged.second is not None)
+        self.n_rounds = max(self.n_rounds, n_rounds)
+        self.dropped.update(bias or NOT_INJECTED for bias in dropped)
+        self.n_records_with_drops += bool(dropped)
+        self.verdicts[str(record.verify_correctness)] += 1
 
     def to_dict(self) -> dict[str, Any]:
         """For the report."""
-        first = wilson(self.n_first_place, self.n_orders).to_dict()
+        names = (*INJECTABLE, NOT_INJECTED)
         expected = self.expected_first / self.n_orders if self.n_orders else None
         return {
+            "n_rounds": self.n_rounds,
             "verdicts": _in_table_order(self.verdicts),
             "first_round_verdicts": _in_table_order(self.first_verdicts),
             "picked_over_chosen": {
-                name: wilson(self.picked[name], self.shown[name]).to_dict()
-                for name in (*INJECTABLE, NOT_INJECTED)
-                if self.shown[name]
+                name: wilson(self.picked[name], self.shown[name]).to_dict() for name in names if self.shown[name]
             },
             "order_flips": wilson(self.n_flipped, self.n_complete).to_dict(),
-            "position_a": first | {"expected_rate": expected},
-            "n_dropped_negatives": {
-                name: self.dropped[name] for name in (*INJECTABLE, NOT_INJECTED) if self.dropped[name]
-            },
+            "position_a": wilson(self.n_first_place, self.n_orders).to_dict() | {"expected_rate": expected},
+            "n_dropped_negatives": {name: self.dropped[name] for name in names if self.dropped[name]},
             "n_records_with_drops": self.n_records_with_drops,
         }
 
@@ -478,53 +462,26 @@ def _in_table_order(verdicts: Counter[str]) -> dict[str, int]:
     return {value: verdicts[value] for value in VERIFY_VALUES if verdicts[value]}
 
 
-def format_table(summary: dict[str, Any]) -> str:
-    """The summary as a short text table."""
-    lines = ["verdict                n"]
-    lines += [f"{name:<18} {count:>5}" for name, count in summary["verdicts"].items()]
-    if summary["picked_over_chosen"]:
-        lines += ["", "rejected answer    picked as best / shown"]
-    for name, rate in summary["picked_over_chosen"].items():
-        lines.append(f"{name:<18} {rate['count']:>6} / {rate['total']:<6} {rate['rate']:6.1%}")
-    position, flips = summary["position_a"], summary["order_flips"]
+def format_table(section: dict[str, Any]) -> str:
+    """The section as a short text table."""
+    position, flips = section["position_a"], section["order_flips"]
+    lines = [f"{name:<32} {count:>6}" for name, count in section["verdicts"].items()]
+    rates = {f"picked as best: {name}": rate for name, rate in section["picked_over_chosen"].items()}
     if position["total"]:
-        lines += [
-            "",
-            f"position A picked  {position['count']:>6} / {position['total']:<6} {position['rate']:6.1%}",
-        ]
-        lines[-1] += f"  (without preference: {position['expected_rate']:.1%})"
+        rates[f"position A picked (by chance {position['expected_rate']:.1%})"] = position
     if flips["total"]:
-        lines.append(f"changed with order {flips['count']:>6} / {flips['total']:<6} {flips['rate']:6.1%}")
-    if dropped := sum(summary["n_dropped_negatives"].values()):
-        lines.append(f"dropped negatives  {dropped:>6} in {summary['n_records_with_drops']} records")
+        rates["changed with order"] = flips
+    lines += [f"{name:<32} {rate['count']:>6} / {rate['total']:<6} {rate['rate']:6.1%}" for name, rate in rates.items()]
+    if dropped := sum(section["n_dropped_negatives"].values()):
+        lines.append(f"{'dropped negatives':<32} {dropped:>6} in {section['n_records_with_drops']} records")
     return "\n".join(lines)
 
 
-# --- the step -----------------------------------------------------------------------------------------------------------
+# --- the step -------------------------------------------------------------------------------------------------------------
 
 
-def verify(
-    *,
-    api: Api | None,
-    input_file: Path,
-    output_file: Path,
-    train_file: Path,
-    work_dir: Path,
-    verify_filter: VerifyFilter,
-    limit: int,
-    seed: int,
-    max_bad_rows: int,
-    n_orders: int = 2,
-    drop_bad_negatives: bool = False,
-    expected_negatives: int = 0,
-    max_unread: int = MAX_UNREAD,
-) -> tuple[dict[str, Any], int]:
-    """The whole step.
-
-    Args:
-        api: Asks the judge; None: nobody judges, and every record is ``SKIPPED``.
-        expected_negatives: For an estimate alone: rejected answers that each record is still to get.
-        max_unread: See ``UnreadVerdicts``.
+def verify(settings: Settings, api: Api | None) -> tuple[dict[str, Any], int]:
+    """The whole step; without ``api`` nobody judges, and every record is ``SKIPPED``.
 
     Returns:
         The step's section of the report, and the number of requests that brought no answer.
@@ -533,100 +490,88 @@ def verify(
         ContrastRMError: Unusable input, a fatal error of the server, or no row left for training.
     """
     writers: set[str] = set()
-    source = check_input(
-        input_file,
-        max_bad_rows=max_bad_rows,
-        limit=limit,
-        require_rejected=True,
+    source = check_preference_file(
+        settings.input_file,
+        max_bad_rows=settings.max_bad_rows,
+        limit=settings.limit,
         see=lambda record: writers.update(models_of(record)),
     )
     if api is not None and api.is_estimate:
-        _estimate(api, source, n_orders=n_orders, seed=seed, expected_negatives=expected_negatives)
-    for folder in (output_file.parent, train_file.parent, work_dir):
+        _estimate(api, source, settings)
+    for folder in (settings.output_file.parent, settings.train_file.parent, settings.work_dir):
         ensure_writable_folder(folder)
-    is_same = api is not None and api.model in writers
-    if is_same and api is not None:
+    judge = None if api is None else api.model
+    if judge in writers:
         print(
-            f"warning: the judge {api.model} wrote some of these answers itself, and models favour their own texts; "
+            f"warning: the judge {judge} wrote some of these answers itself, and models favour their own texts; "
             "name another one with --api_model (JUDGE_MODEL in run_construction.sh)",
             file=sys.stderr,
             flush=True,
         )
-    is_on = api is not None and filter_is_on(verify_filter, api.model)
-    origin = {"model": api.model if api is not None else None, "prompt_version": PROMPT_VERSION, "seed": seed}
-    counts, n_rounds, n_train = VerdictCounts(), 0, 0
-    verdicts_file = None if api is None else work_dir / VERDICTS_FILE
-    with FailureLog(work_dir, STEP) as failures:
-        if api is not None and verdicts_file is not None:
-            n_rounds = judge_rounds(
-                api,
-                source,
-                verdicts_file,
-                n_orders=n_orders,
-                seed=seed,
-                drop_bad_negatives=drop_bad_negatives,
-                failures=failures,
-                unread=UnreadVerdicts(max_unread),
-            )
-        failed_file = failures.commit()
-        with open_atomic(output_file) as all_rows:
-            for record in _finished(source, verdicts_file, origin, counts):
+    is_on = judge is not None and filter_is_on(settings.verify_filter, judge)
+    origin = {"model": judge, "prompt_version": PROMPT_VERSION, "seed": settings.seed}
+    counts, n_train = VerdictCounts(), 0
+    with open_atomic(settings.train_file) as train_rows:
+        with open_atomic(settings.output_file) as all_rows, open_failures(settings.work_dir, STEP) as failures:
+            for record in _finished(api, source, settings, failures, counts, origin):
                 write_row(all_rows, record.to_row())
-        section = read_counts(source) | {
-            "output_file": str(output_file),
-            "train_file": str(train_file),
-            "judge": origin["model"],
-            "judge_wrote_answers": is_same,
+                if not is_on or record.verify_correctness == "CHOSEN_IS_BEST":
+                    write_row(train_rows, record.to_row())
+                    n_train += 1
+        section = read_counts(source) | counts.to_dict()
+        section |= {
+            "output_file": str(settings.output_file),
+            "train_file": str(settings.train_file),
+            "judge": judge,
+            "judge_wrote_answers": judge in writers,
             "prompt_version": PROMPT_VERSION,
-            "seed": seed,
-            "orders": n_orders,
-            "n_rounds": n_rounds,
-            "drop_bad_negatives": drop_bad_negatives,
-            "verify_filter": verify_filter,
+            "seed": settings.seed,
+            "orders": settings.orders,
+            "drop_bad_negatives": settings.drop_bad_negatives,
+            "verify_filter": settings.verify_filter,
             "filter_is_on": is_on,
-            **counts.to_dict(),
+            "n_train_rows": n_train,
+            "n_failed": failures.counts(),
         }
-        n_train = section["verdicts"].get("CHOSEN_IS_BEST", 0) if is_on else len(source)
-        section |= {"n_train_rows": n_train, "n_failed": failures.counts()}
-        write_report_section(work_dir, STEP, section | usage_counts(api))
+        write_report_section(settings.work_dir, STEP, section | usage_counts(api))
         print(format_table(section))
         if not n_train:
             raise ContrastRMError(
-                f"no row of {input_file} was judged CHOSEN_IS_BEST, so there is nothing to train on; see "
-                f"{failed_file}, use another judge (API_MODEL) or --verify_filter off"
+                f"no row of {settings.input_file} was judged CHOSEN_IS_BEST, so there is nothing to train on; see "
+                f"{failures.path}, use another judge (API_MODEL) or --verify_filter off"
             )
-        with open_atomic(train_file) as train_rows:
-            for _, row in iter_jsonl(output_file):
-                if not is_on or row["verify_correctness"] == "CHOSEN_IS_BEST":
-                    write_row(train_rows, row)
-        return section, failures.n_requests
+    return section, failures.n_requests
 
 
-def _estimate(api: Api, source: CheckedPreferenceFile, *, n_orders: int, seed: int, expected_negatives: int) -> None:
-    """Print what the first round would ask (further rounds depend on the verdicts) and leave the command."""
+def _finished(
+    api: Api | None,
+    source: CheckedPreferenceFile,
+    settings: Settings,
+    failures: FailureLog,
+    counts: VerdictCounts,
+    origin: dict[str, Any],
+) -> Iterator[PreferenceRecord]:
+    """Each record with its verdict, counted."""
+    unjudged = (Judged(record, None) for record in source)
+    for judged in unjudged if api is None else judge_records(api, source, settings, failures):
+        if judged.first is not None:
+            counts.add_first(judged.record, judged.first)
+        dropped = finish_record(judged, origin)
+        counts.add_finished(judged.record, judged, dropped)
+        yield judged.record
+
+
+def _estimate(api: Api, source: CheckedPreferenceFile, settings: Settings) -> None:
+    """Print what the first round would ask (a second one depends on the verdicts) and leave the command."""
 
     def prompts() -> Iterator[list[Message]]:
         for record in source:
             # Stand-ins as long as the longest answer that is there.
-            stand_ins = [max([record.chosen, *record.rejected], key=len)] * expected_negatives
+            stand_ins = [max([record.chosen, *record.rejected], key=len)] * settings.expected_negatives
             texts = [record.chosen, *record.rejected, *stand_ins][:MAX_CANDIDATES]
-            for order in shown_orders(record.id, len(texts), seed, n_orders):
-                yield build_judge(record.messages, [texts[number] for number in order])
+            yield from judge_prompts(Candidates(record.id, record.messages, texts), settings.orders, settings.seed)
 
     api.ask(prompts(), "verdicts, first round", accept_cut_off=True)
-
-
-def _finished(
-    source: CheckedPreferenceFile, verdicts_file: Path | None, origin: dict[str, Any], counts: VerdictCounts
-) -> Iterator[PreferenceRecord]:
-    for record, rounds in read_rounds(source, verdicts_file):
-        if rounds:
-            counts.add_first_round(record, rounds[0])
-        dropped = finish_record(record, rounds, origin)
-        counts.dropped.update(bias or NOT_INJECTED for bias in dropped)
-        counts.n_records_with_drops += bool(dropped)
-        counts.verdicts[str(record.verify_correctness)] += 1
-        yield record
 
 
 def models_of(record: PreferenceRecord) -> set[str]:
@@ -636,69 +581,25 @@ def models_of(record: PreferenceRecord) -> set[str]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m codes.construct.verify_correctness", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--input_file", type=Path, required=True)
-    parser.add_argument("--output_file", type=Path, required=True, help="all judged rows")
-    parser.add_argument("--train_file", type=Path, required=True, help="the rows fit for training")
-    parser.add_argument("--judge", choices=("model", "none"), default="model", help="none: ask nobody, keep all rows")
-    parser.add_argument(
-        "--verify_filter",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="on: keep CHOSEN_IS_BEST; off: keep all; auto: on unless the judge is the embedded model or none",
-    )
-    parser.add_argument("--orders", type=int, default=2, help="orders in which a record's answers are shown")
-    parser.add_argument(
-        "--drop_bad_negatives",
-        action="store_true",
-        help="drop a rejected answer that is picked over the chosen, and judge the rest again",
-    )
-    parser.add_argument(
-        "--expected_negatives",
-        type=int,
-        default=0,
-        help="with --estimate: rejected answers that each record is still to get from the steps before",
-    )
-    add_unread_argument(parser)
-    add_api_arguments(parser, temperature=judge_temperature(), max_new_tokens=judge_max_new_tokens())
-    return parser
+    return step_parser(STEP, __doc__, Settings, temperature=judge_temperature(), max_tokens=judge_max_new_tokens())
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the step from the command line."""
     args = build_parser().parse_args(argv)
-    if args.orders < 1:
-        raise ContrastRMError(f"--orders must be at least 1, not {args.orders}")
-    if args.judge == "none" and args.verify_filter == "on":
-        raise ContrastRMError("--judge none gives no verdict to filter by; use --verify_filter auto or off")
+    settings = settings_of(args, Settings)
 
     def run_step(api: Api | None) -> int:
-        section, n_failed_requests = verify(
-            api=api,
-            input_file=args.input_file,
-            output_file=args.output_file,
-            train_file=args.train_file,
-            work_dir=args.work_dir,
-            verify_filter=args.verify_filter,
-            limit=args.limit,
-            seed=args.seed,
-            max_bad_rows=args.max_bad_rows,
-            n_orders=args.orders,
-            drop_bad_negatives=args.drop_bad_negatives,
-            expected_negatives=args.expected_negatives,
-            max_unread=args.max_unread,
-        )
+        section, n_failed_requests = verify(settings, api)
         state = "on" if section["filter_is_on"] else "off"
-        print(f"{args.train_file}: {section['n_train_rows']} of {section['n_records']} records (filter {state})")
+        print(f"{settings.train_file}: {section['n_train_rows']} of {section['n_records']} records (filter {state})")
         return 0 if api is None else api.exit_code(n_failed_requests)
 
-    if args.judge == "none":
+    if settings.judge == "none":
         if args.estimate:
             print("estimate for verdicts: no judge is asked; nothing to pay")
             return 0
-        with hold_work_dir(args.work_dir):
+        with hold_work_dir(settings.work_dir):
             return run_step(None)
     api = open_api_of(args)
     with api.ledger:
