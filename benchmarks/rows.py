@@ -37,11 +37,10 @@ from codes.common.records import (
     read_bias_file,
     read_preference_file,
     read_refinement_file,
-    read_reward_bench_file,
     write_jsonl,
 )
+from codes.evaluate.benchmarks import REWARD_BENCH, read_benchmark
 from codes.evaluate.eval_rm import REFINEMENT_REQUEST
-from codes.evaluate.reward_bench_table import SUBSET_BY_NAME
 
 EXTERNAL_DATA = "CONTRASTRM_EXTERNAL_DATA"
 # A larger group takes only questions with so many answers of their own, so that its texts are of one kind.
@@ -270,9 +269,9 @@ def _rows(file: Path) -> Iterator[tuple[str, list[Conversation]]]:
                 [Conversation(prompt, refined), Conversation(history, refined), Conversation(prompt, original)],
             )
     elif "subset" in first:
-        for row in read_reward_bench_file(file, subsets=SUBSET_BY_NAME)[0]:
-            texts = [Conversation(row.messages, answer) for answer in (row.chosen, row.rejected)]
-            yield json.dumps(row.messages), texts
+        for item in read_benchmark(file, REWARD_BENCH)[0]:
+            texts = [Conversation(item.messages, answer) for answer in (*item.chosen, *item.rejected)]
+            yield json.dumps(item.messages), texts
     else:
         raise ContrastRMError(f"{file} is no evaluation file: its first row has the fields {', '.join(first)}")
 

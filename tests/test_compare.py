@@ -17,8 +17,8 @@ from statsmodels.stats.power import TTestPower
 
 from codes.common.errors import ContrastRMError
 from codes.evaluate import compare_models, eval_reward_bench, eval_rm
+from codes.evaluate.benchmark_figures import LEVELS
 from codes.evaluate.compare_stats import PairedPart, adjust, compare_parts, minimum_detectable_effect
-from codes.evaluate.format_metrics import LEVELS
 
 REPO = Path(__file__).resolve().parents[1]
 

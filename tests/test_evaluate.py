@@ -19,15 +19,18 @@ import pytest
 from codes.common.biases import EVALUABLE, PAIRWISE
 from codes.common.chat import Conversation
 from codes.common.errors import ContrastRMError
+from codes.common.questions import choose_subset
 from codes.common.records import BiasRecord, RefinementRecord, file_sha256
 from codes.common.reporting import markdown_table
 from codes.common.scoring import ScoreResult
 from codes.construct import build_eval_pairs
 from codes.evaluate import compare_models, eval_reward_bench, eval_rm
 from codes.evaluate.api import RemoteScorer
+from codes.evaluate.baselines import BaselineScorer
+from codes.evaluate.benchmark_figures import SUBSETS
+from codes.evaluate.benchmarks import describe_source, label_of, read_benchmark
 from codes.evaluate.data_checks import audit, flagged_lines, lines_by_kind, manifest_rows
-from codes.evaluate.reward_bench_table import DATASET_ID, SUBSETS
-from codes.evaluate.scorer_setup import choose_subset, model_results_folder
+from codes.evaluate.scorer_setup import model_results_folder
 from tests.conftest import run_module
 
 SUBSET_NAMES = [subset.name for subset in SUBSETS]
@@ -350,34 +353,34 @@ def test_only_the_complete_official_set_is_called_rewardbench(tmp_path: Path) ->
         tmp_path / "rows.jsonl",
         [{"id": "1", "prompt": "p", "chosen": "c", "rejected": "r", "subset": "hep-go"}],
     )
-    records, _ = eval_reward_bench.read_reward_bench(path)
-    unknown = eval_reward_bench.describe_source(path, records)
-    assert "unrecorded origin" in eval_reward_bench.label_of(unknown, complete=True)
-    note = {"dataset": DATASET_ID, "revision": "abc", "sha256": file_sha256(path)}
+    records, _ = read_benchmark(path, "reward_bench")
+    unknown = describe_source(path, records)
+    assert "unrecorded origin" in label_of("reward_bench", unknown, True)
+    note = {"dataset": "allenai/reward-bench", "revision": "abc", "sha256": file_sha256(path)}
     Path(f"{path}.source.json").write_text(json.dumps(note))
-    official = eval_reward_bench.describe_source(path, records)
-    assert official == {"dataset": DATASET_ID, "revision": "abc"}
-    assert eval_reward_bench.label_of(official, complete=True) == "RewardBench"
-    assert eval_reward_bench.label_of(official, complete=False).startswith("not RewardBench: ")
+    official = describe_source(path, records)
+    assert official == {"dataset": "allenai/reward-bench", "revision": "abc"}
+    assert label_of("reward_bench", official, True) == "RewardBench"
+    assert label_of("reward_bench", official, False).startswith("not RewardBench: ")
     path.write_text(path.read_text() + "\n")
-    assert eval_reward_bench.describe_source(path, records)["dataset"] is None
+    assert describe_source(path, records)["dataset"] is None
 
 
 def test_own_sample_is_labelled() -> None:
     path = Path(__file__).resolve().parents[1] / "data/eval/reward_bench/own_sample.jsonl"
-    records, report = eval_reward_bench.read_reward_bench(path)
-    source = eval_reward_bench.describe_source(path, records)
-    assert eval_reward_bench.label_of(source, complete=False).startswith("not RewardBench: the project's own")
+    records, (report,) = read_benchmark(path, "reward_bench")
+    source = describe_source(path, records)
+    assert label_of("reward_bench", source, False).startswith("not RewardBench: the project's own")
     assert {record.subset for record in records} == set(SUBSET_NAMES)
     assert report.bad == []
 
 
 def test_category_and_limit_choose_rows(eval_data: Path) -> None:
     path = eval_data / "reward_bench.jsonl"
-    records, _ = eval_reward_bench.read_reward_bench(path, category="Chat Hard", limit=1)
+    records, _ = read_benchmark(path, "reward_bench", category="Chat Hard", limit=1)
     assert len(records) == 6
     with pytest.raises(ContrastRMError, match="unknown category 'Maths'"):
-        eval_reward_bench.read_reward_bench(path, category="Maths")
+        read_benchmark(path, "reward_bench", category="Maths")
 
 
 # --- comparison ---
@@ -499,6 +502,25 @@ def test_unwritable_results_folder(eval_data: Path, tiny_llama_dir: Path, tmp_pa
 
 
 # --- reporting ---
+
+
+def test_a_report_that_cannot_be_written_costs_no_results(
+    eval_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "results" / "baseline-shorter"
+    (folder / "report.html").mkdir(parents=True)  # nothing can be written in its place
+    (folder / "model.json").write_text(json.dumps({"weight_hash": BaselineScorer("shorter").identity}))
+    options = [
+        "--model_path",
+        "baseline:shorter",
+        "--results_dir",
+        str(tmp_path / "results"),
+        "--data_dir",
+        str(eval_data),
+    ]
+    assert eval_rm.main([*options, "--bias_type", "length"]) == 0
+    assert read_json(folder / "bias_summary.json")["overall"]["n_pairs"] == 8
+    assert "warning: the report in " in capsys.readouterr().err
 
 
 def test_bars_and_line_breaks_in_markdown_tables() -> None:
@@ -662,5 +684,5 @@ def test_reward_server_that_is_not_there() -> None:
     conversation = Conversation([{"role": "user", "content": "q"}], "a")
     with pytest.raises(ContrastRMError, match="cannot reach"):
         RemoteScorer("http://127.0.0.1:9/score", max_attempts=1).score([conversation])
-    with pytest.raises(ContrastRMError, match="must begin with"):
+    with pytest.raises(ContrastRMError, match="must look like https://host"):
         RemoteScorer("localhost:9")

@@ -17,9 +17,8 @@ from codes.common.records import (
     read_bias_file,
     read_preference_file,
     read_refinement_file,
-    read_reward_bench_file,
 )
-from codes.evaluate.reward_bench_table import SUBSET_BY_NAME
+from codes.evaluate.benchmarks import read_benchmark
 
 FOLDER = os.environ.get("CONTRASTRM_EXTERNAL_DATA", "")
 pytestmark = pytest.mark.skipif(not FOLDER, reason="CONTRASTRM_EXTERNAL_DATA is not set: no real data to read")
@@ -44,7 +43,7 @@ def test_every_row_of_the_training_pool_is_read() -> None:
 
 def test_the_reward_bench_style_file_is_read() -> None:
     path = Path(FOLDER) / "rewardbench_style.jsonl"
-    records, report = read_reward_bench_file(path, subsets=SUBSET_BY_NAME)
+    records, (report,) = read_benchmark(path, "reward_bench")
     assert (len(records), report.bad) == (lines_of(path), [])
     manifest = json.loads((Path(FOLDER) / "rewardbench_style.manifest.json").read_text(encoding="utf-8"))
     absent = {name for name, note in manifest["fidelity"].items() if note.startswith("ABSENT")}

@@ -20,18 +20,25 @@ import pytest
 from codes.common.errors import ContrastRMError
 from codes.common.records import file_sha256, iter_rows, write_jsonl
 from codes.evaluate import eval_reward_bench
-from codes.evaluate.format_metrics import LEVELS, TIES_WEIGHTS, ItemOutcome, summarise_benchmark, ties_parts
-from codes.evaluate.formats import (
-    FORMATS,
+from codes.evaluate.benchmark_figures import (
     JUDGEBENCH_SUBSETS,
+    LEVELS,
     LLMBAR_SUBSETS,
     REWARD_BENCH_2_SUBSETS,
     RM_BENCH_SUBSETS,
+    SUBSETS,
+    TIES_WEIGHTS,
+    ItemOutcome,
+    ties_parts,
+)
+from codes.evaluate.benchmarks import (
+    BENCHMARKS,
     BenchmarkItem,
+    describe_source,
     detect_format,
+    label_of,
     read_benchmark,
 )
-from codes.evaluate.reward_bench_table import SUBSETS
 from tests.conftest import REPO_ROOT
 
 NAN = math.nan
@@ -111,7 +118,7 @@ def parquet(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 # --- reading ---
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("write", [jsonl, array, parquet])
 def test_each_format_is_known_by_its_keys_and_read_whole(
     name: str, write: Callable[[Path, Sequence[Any]], Path], tmp_path: Path
@@ -309,7 +316,7 @@ def test_best_of_four_by_hand() -> None:
         outcome("Math", [NAN], [0, 4, 2]),  # dropped
         outcome("Focus", [1], [0, 0, 0]),
     ]
-    summary = summarise_benchmark("reward_bench_2", rows)
+    summary = BENCHMARKS["reward_bench_2"].summarise(rows)
     math_fields = summary["subsets"]["Math"]
     assert (math_fields["accuracy_count"], math_fields["accuracy_total"], math_fields["n_ties"]) == (1, 3, 1)
     assert math_fields["score"] == pytest.approx((1 + 1 / 3) / 3)
@@ -327,9 +334,9 @@ def test_best_of_four_by_hand() -> None:
 
 def test_a_question_in_another_layout_is_the_same_question() -> None:
     """As in the bias figures: layout, case and punctuation make no independent question."""
-    once = summarise_benchmark("judgebench", [outcome("Math", [k % 2], [0.5], "n", f"Add {k}") for k in range(6)])
+    once = BENCHMARKS["judgebench"].summarise([outcome("Math", [k % 2], [0.5], "n", f"Add {k}") for k in range(6)])
     rows = [outcome("Math", [k % 2], [0.5], "n", text) for k in range(6) for text in (f"Add {k}", f" add  {k}.")]
-    copied = summarise_benchmark("judgebench", rows)
+    copied = BENCHMARKS["judgebench"].summarise(rows)
     assert copied["accuracy_ci"] == pytest.approx(once["accuracy_ci"])
     assert copied["accuracy_wilson_ci"] is None and once["accuracy_wilson_ci"] is not None
 
@@ -337,30 +344,30 @@ def test_a_question_in_another_layout_is_the_same_question() -> None:
 def test_ties_score_by_hand() -> None:
     # Spread of the correct answers 2; gap of the tied prompt 3, of its reference 1.
     rows = [outcome("Ties", [5, 7], [2, 0], "tied:0"), outcome("Ties", [3], [2, 1], "ref:0")]
-    fields = summarise_benchmark("reward_bench_2", rows)["ties"]
+    fields = BENCHMARKS["reward_bench_2"].summarise(rows)["ties"]
     assert (fields["tied_accuracy"], fields["ref_accuracy"]) == (1, 1)
     assert (fields["correctness_preferred"], fields["correctness_preferred_hard"]) == (1, 0)
     assert fields["correctness_margin"] == pytest.approx(math.tanh(1 / 2 - 1))
     assert fields["score"] == pytest.approx(0.3 + 0.3 + 0.2 + 0.01 * math.tanh(-0.5))
     # A gap equal to the spread is no preference: 5 - 3 = 7 - 5.
     equal = [outcome("Ties", [5, 7], [3, 0], "tied:0"), outcome("Ties", [4], [2, 1], "ref:0")]
-    fields = summarise_benchmark("reward_bench_2", equal)["ties"]
+    fields = BENCHMARKS["reward_bench_2"].summarise(equal)["ties"]
     assert (fields["correctness_preferred"], fields["correctness_preferred_hard"]) == (0, 0)
     # A tied prompt without its reference counts for accuracy alone.
     rows.append(outcome("Ties", [1, 3], [2], "tied:1"))
-    fields = summarise_benchmark("reward_bench_2", rows)["ties"]
+    fields = BENCHMARKS["reward_bench_2"].summarise(rows)["ties"]
     assert (fields["tied_accuracy"], fields["tied_accuracy_total"]) == (0.5, 2)
     assert fields["correctness_preferred_total"] == 1
     assert fields["score"] == pytest.approx(0.15 + 0.3 + 0.2 + 0.01 * math.tanh(-0.5))
     # Without any pair of prompts there is no score.
-    fields = summarise_benchmark("reward_bench_2", rows[:1])["ties"]
+    fields = BENCHMARKS["reward_bench_2"].summarise(rows[:1])["ties"]
     assert fields["score"] is None and fields["ref_accuracy"] is None and fields["tied_accuracy"] == 1
 
 
 @pytest.mark.parametrize(("gap", "margin"), [(1.0, 1.0), (0.0, 0.0), (-1.0, -1.0)])
 def test_correct_answers_that_tie_exactly(gap: float, margin: float) -> None:
     rows = [outcome("Ties", [2, 2], [2 - gap], "tied:0"), outcome("Ties", [5], [1], "ref:0")]
-    fields = summarise_benchmark("reward_bench_2", rows)["ties"]
+    fields = BENCHMARKS["reward_bench_2"].summarise(rows)["ties"]
     assert fields["correctness_margin"] == margin
     assert fields["correctness_preferred"] == float(gap > 0)
 
@@ -412,14 +419,14 @@ def test_ties_score_is_the_published_formula() -> None:
 def test_bootstrap_interval_of_a_mean_is_the_textbook_one() -> None:
     draw = random.Random(3)
     rows = [outcome("Focus", [draw.random() > 0.4], [0.5, 0, 0], f"row {number}") for number in range(400)]
-    fields = summarise_benchmark("reward_bench_2", rows)["subsets"]["Focus"]
+    fields = BENCHMARKS["reward_bench_2"].summarise(rows)["subsets"]["Focus"]
     low, high = fields["score_ci"]
     half = 1.96 * math.sqrt(fields["score"] * (1 - fields["score"]) / 400)
     assert low == pytest.approx(fields["score"] - half, abs=0.01)
     assert high == pytest.approx(fields["score"] + half, abs=0.01)
     # The same question in every row: four hundred rows are one draw.
     same = [outcome("Focus", row.chosen_scores, row.rejected_scores, "x", question="q") for row in rows]
-    assert summarise_benchmark("reward_bench_2", same)["subsets"]["Focus"]["score_ci"] is None
+    assert BENCHMARKS["reward_bench_2"].summarise(same)["subsets"]["Focus"]["score_ci"] is None
 
 
 def complete_rb2(draw: random.Random) -> list[ItemOutcome]:
@@ -434,7 +441,7 @@ def complete_rb2(draw: random.Random) -> list[ItemOutcome]:
 
 
 def test_complete_reward_bench_2_is_the_mean_of_six() -> None:
-    summary = summarise_benchmark("reward_bench_2", complete_rb2(random.Random(0)))
+    summary = BENCHMARKS["reward_bench_2"].summarise(complete_rb2(random.Random(0)))
     assert summary["complete"] and summary["n_rows"] == sum(REWARD_BENCH_2_SUBSETS.values()) == 1865
     scores = [fields["score"] for fields in summary["subsets"].values()]
     assert summary["reward_bench_2_score"] == pytest.approx(sum(scores) / 6)
@@ -459,7 +466,7 @@ def test_rm_bench_is_the_published_arithmetic() -> None:
         for subset, n_rows in RM_BENCH_SUBSETS.items()
         for number in range(n_rows)
     ]
-    summary = summarise_benchmark("rm_bench", rows)
+    summary = BENCHMARKS["rm_bench"].summarise(rows)
     assert summary["complete"] and summary["n_rows"] == 1327
     expected = {
         domain: published_rm_bench(
@@ -484,7 +491,7 @@ def test_rm_bench_is_the_published_arithmetic() -> None:
 def test_rm_bench_by_hand() -> None:
     # The fancier style gains 10: easy all right, hard all wrong; within a style the right answer wins, but one ties.
     row = outcome("chat", [1, 11, 20], [0, 10, 20])
-    summary = summarise_benchmark("rm_bench", [row])
+    summary = BENCHMARKS["rm_bench"].summarise([row])
     counts = {level: summary[f"pooled_{level}_accuracy_count"] for level in LEVELS}
     assert counts == {"easy": 3, "normal": 2, "hard": 0}
     assert summary["matrix"][8]["n_ties"] == 1 and summary["matrix"][8]["chosen_style"] == "detailed_markdown"
@@ -499,30 +506,30 @@ def test_llmbar_and_judgebench_by_hand() -> None:
         for subset, n_rows in LLMBAR_SUBSETS.items()
         for number in range(n_rows)
     ]
-    summary = summarise_benchmark("llmbar", rows)
+    summary = BENCHMARKS["llmbar"].summarise(rows)
     assert summary["complete"] and summary["accuracy_total"] == 419
     assert summary["natural_accuracy"] == 0.5
     parts = [summary["subsets"][name]["accuracy"] for name in ("Neighbor", "GPTInst", "GPTOut", "Manual")]
     assert summary["adversarial_accuracy"] == pytest.approx(np.mean(parts))
-    assert summarise_benchmark("llmbar", rows[:100])["adversarial_accuracy"] is None
+    assert BENCHMARKS["llmbar"].summarise(rows[:100])["adversarial_accuracy"] is None
     # A set of another name is shown, and keeps the whole from being complete.
-    extra = summarise_benchmark("llmbar", [*rows, outcome("Base-9", [1], [0])])
+    extra = BENCHMARKS["llmbar"].summarise([*rows, outcome("Base-9", [1], [0])])
     assert not extra["complete"] and extra["subsets"]["Base-9"]["state"] == "unofficial"
     rows = [outcome(name, [1], [1], f"{name} {k}") for name, n in JUDGEBENCH_SUBSETS.items() for k in range(n)]
-    summary = summarise_benchmark("judgebench", rows)
+    summary = BENCHMARKS["judgebench"].summarise(rows)
     assert summary["complete"] and (summary["accuracy_count"], summary["accuracy_total"]) == (0, 350)
     assert summary["n_ties"] == 350
     # The other published split: only its total is known, and a part of the first one with as many rows is not it.
-    claude = [replace(row, item=replace(row.item, split="claude")) for row in rows[:270]]
-    whole, short = summarise_benchmark("judgebench", claude), summarise_benchmark("judgebench", claude[:269])
+    claude = [replace(row, item=replace(row.item, origin="claude")) for row in rows[:270]]
+    whole, short = BENCHMARKS["judgebench"].summarise(claude), BENCHMARKS["judgebench"].summarise(claude[:269])
     assert whole["complete"] and whole["subsets"]["Knowledge"]["state"] == "complete"
-    assert not short["complete"] and not summarise_benchmark("judgebench", rows[:270])["complete"]
+    assert not short["complete"] and not BENCHMARKS["judgebench"].summarise(rows[:270])["complete"]
 
 
 # --- the command ---
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ROWS)
 def test_a_model_is_evaluated_on_every_format(
     name: str, tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -534,7 +541,7 @@ def test_a_model_is_evaluated_on_every_format(
     rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
     assert summary["format"] == summary["metadata"]["format"] == name
     assert summary["label"] == (
-        f"not {FORMATS[name].title}: a file of unrecorded origin, without the official number of rows"
+        f"not {BENCHMARKS[name].title}: a file of unrecorded origin, without the official number of rows"
     )
     [file] = summary["metadata"]["data_files"]
     assert (file["n_rows"], file["n_bad_rows"]) == (len(ROWS[name]) + 1, 1)
@@ -554,7 +561,7 @@ def test_a_model_is_evaluated_on_every_format(
 def test_category_and_limit_choose_items(tmp_path: Path) -> None:
     rows = [rb2_row(f"f{number}", "Factuality") for number in range(9)] + [rb2_row("m", "Math")]
     path = jsonl(tmp_path / "rows.jsonl", rows)
-    read = eval_reward_bench.read_items
+    read = read_benchmark
     assert len(read(path, "reward_bench_2", limit=4)[0]) == 5
     assert {item.subset for item in read(path, "reward_bench_2", category="Math")[0]} == {"Math"}
     limited = read(path, "reward_bench_2", limit=4)[0]
@@ -564,15 +571,15 @@ def test_category_and_limit_choose_items(tmp_path: Path) -> None:
 
 
 def test_only_the_complete_published_set_bears_the_name() -> None:
-    for some in FORMATS.values():
+    for name, some in BENCHMARKS.items():
         source = {"dataset": some.dataset_id, "revision": "abc"}
-        label = eval_reward_bench.label_of(source, True, some.title, some.dataset_id)
+        label = label_of(name, source, True)
         assert label == some.title
-        assert eval_reward_bench.label_of(source, False, some.title, some.dataset_id).startswith(f"not {some.title}: ")
+        assert label_of(name, source, False).startswith(f"not {some.title}: ")
         unchecked = source | {"revision_is": "as given, not checked"}
-        assert "nobody checked" in eval_reward_bench.label_of(unchecked, True, some.title, some.dataset_id)
+        assert "nobody checked" in label_of(name, unchecked, True)
         elsewhere = {"dataset": "another/set", "revision": None}
-        assert "unrecorded" in eval_reward_bench.label_of(elsewhere, True, some.title, some.dataset_id)
+        assert "unrecorded" in label_of(name, elsewhere, True)
 
 
 # --- the loader, on local files in the hub's schema ---
@@ -612,9 +619,9 @@ def test_the_hub_file_becomes_jsonl_with_its_origin(tmp_path: Path) -> None:
     assert note["n_rows"] == 2985 and note["sha256"] == file_sha256(output)
     assert (note["dataset"], note["revision"]) == ("allenai/reward-bench", "abc123")
     assert [file["sha256"] for file in note["local_files"]] == [file_sha256(file) for file in files]
-    records, _ = eval_reward_bench.read_reward_bench(output)
-    source = eval_reward_bench.describe_source(output, records)
-    label = eval_reward_bench.label_of(source, complete=True)
+    items, _ = read_benchmark(output, "reward_bench")
+    source = describe_source(output, items)
+    label = label_of("reward_bench", source, True)
     assert label == "RewardBench, from local files whose revision nobody checked"
     # One row less is another set, and nothing is written.
     parquet(files[1], rows[2001:])
@@ -649,12 +656,15 @@ def test_the_loader_checks_what_the_evaluation_will_read(tmp_path: Path) -> None
 
 def test_a_damaged_note_is_one_line(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "rows.jsonl", RB2_ROWS)
-    assert eval_reward_bench.benchmark_source(path) == {"dataset": None, "revision": None}
+    assert describe_source(path, read_benchmark(path, "reward_bench_2")[0]) == {"dataset": None, "revision": None}
     note = {"dataset": "allenai/reward-bench-2", "revision": "r", "sha256": file_sha256(path)}
     Path(f"{path}.source.json").write_text(json.dumps(note))
-    assert eval_reward_bench.benchmark_source(path) == {"dataset": "allenai/reward-bench-2", "revision": "r"}
+    assert describe_source(path, read_benchmark(path, "reward_bench_2")[0]) == {
+        "dataset": "allenai/reward-bench-2",
+        "revision": "r",
+    }
     write_jsonl(path, RB2_ROWS[:1])  # another file under the same name: the note is not about it
-    assert eval_reward_bench.benchmark_source(path)["dataset"] is None
+    assert describe_source(path, read_benchmark(path, "reward_bench_2")[0])["dataset"] is None
     Path(f"{path}.source.json").write_text("{")
     with pytest.raises(ContrastRMError, match="load the data again or delete it"):
-        eval_reward_bench.benchmark_source(path)
+        describe_source(path, read_benchmark(path, "reward_bench_2")[0])

@@ -28,11 +28,11 @@ from codes.common.records import (
     read_bias_file,
     read_preference_file,
     read_refinement_file,
-    read_reward_bench_file,
     write_jsonl,
 )
 from codes.evaluate import eval_reward_bench, eval_rm
-from codes.evaluate.formats import RM_BENCH_SUBSETS, detect_format, read_benchmark
+from codes.evaluate.benchmark_figures import RM_BENCH_SUBSETS
+from codes.evaluate.benchmarks import detect_format, read_benchmark
 
 N_ROWS = 1250  # a reader; eight of them make ten thousand
 MANY = 10**9
@@ -47,6 +47,11 @@ class Case:
     required: tuple[str, ...]
     # Another text here names an unknown subset: that is an error of the file, not of the row.
     fixed: str = ""
+
+
+def read_reward_bench(path: Path) -> tuple[list[Any], ReadReport]:
+    items, (report,) = read_benchmark(path, "reward_bench", max_bad_rows=MANY)
+    return items, report
 
 
 def bias_row(number: int) -> dict[str, Any]:
@@ -100,7 +105,7 @@ CASES: dict[str, Case] = {
             "rejected_model": "n",
             "subset": ("hep-go", "math-prm")[n % 2],
         },
-        partial(read_reward_bench_file, subsets={"hep-go", "math-prm"}, max_bad_rows=MANY),
+        read_reward_bench,
         ("prompt", "chosen", "rejected", "subset"),
         fixed="subset",
     ),
@@ -290,7 +295,7 @@ def _read_strictly(name: str, path: Path) -> None:
         "preference": read_preference_file,
         "bias": read_bias_file,
         "refinement": read_refinement_file,
-        "reward_bench": partial(read_reward_bench_file, subsets={"hep-go", "math-prm"}),
+        "reward_bench": partial(read_benchmark, name="reward_bench"),
     }
     readers.get(name, lambda file: read_benchmark(file, name))(path)
 

@@ -26,11 +26,10 @@ from codes.common.records import iter_jsonl
 from codes.common.scoring import ScoreResult
 from codes.evaluate import compare_models, eval_rm, judge
 from codes.evaluate.api import PairVerdict
-from codes.evaluate.format_metrics import ItemOutcome, summarise_benchmark
-from codes.evaluate.formats import BenchmarkItem, read_benchmark
+from codes.evaluate.benchmark_figures import SUBSETS, BenchmarkItem, ItemOutcome, summarise_rm_bench
+from codes.evaluate.benchmarks import read_benchmark
 from codes.evaluate.judge import PairJudgement, judge_pairs, read_answer
 from codes.evaluate.metrics import judge_pair
-from codes.evaluate.reward_bench_table import SUBSETS
 from tests.chat_server import FAULTS, ChatServer, Reply, answer, choose_fault, error
 from tests.conftest import REPO_ROOT
 
@@ -589,7 +588,7 @@ def test_rm_bench_is_judged_pair_by_pair(run: Callable[..., int], tmp_path: Path
     assert summary["judge"]["overall"]["n_pairs"] == 27
     items, _ = read_benchmark(path, "rm_bench")
     scored = [ItemOutcome(item, *scores) for item, scores in zip(items, lengths, strict=True)]
-    expected = json.loads(json.dumps(summarise_benchmark("rm_bench", scored)))
+    expected = json.loads(json.dumps(summarise_rm_bench(scored)))
     assert {key: summary[key] for key in expected} == expected
     assert (folder / "report.md").exists()
 

@@ -19,16 +19,15 @@ from codes.common.records import (
     BiasRecord,
     PreferenceRecord,
     RefinementRecord,
-    RewardBenchRecord,
     iter_jsonl,
     messages_to_text,
     read_bias_file,
     read_preference_file,
     read_refinement_file,
-    read_reward_bench_file,
 )
+from codes.evaluate.benchmark_figures import SUBSETS, BenchmarkItem
+from codes.evaluate.benchmarks import read_benchmark
 from codes.evaluate.data_checks import audit
-from codes.evaluate.reward_bench_table import SUBSETS
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 TRAIN_FILE = DATA / "train/own_train.jsonl"
@@ -91,8 +90,8 @@ def refinement_records() -> list[RefinementRecord]:
     return read_refinement_file(DATA / "eval" / eval_file_name("refinement-aware"))[0]
 
 
-def reward_bench_records() -> list[RewardBenchRecord]:
-    return read_reward_bench_file(REWARD_BENCH_FILE, subsets={subset.name for subset in SUBSETS})[0]
+def reward_bench_records() -> list[BenchmarkItem]:
+    return read_benchmark(REWARD_BENCH_FILE, "reward_bench")[0]
 
 
 def normalised(text: str) -> str:
@@ -179,7 +178,7 @@ def test_reward_bench_sample_has_all_subsets() -> None:
     assert {subset.name for subset in SUBSETS} == set(counts) and len(counts) == 23
     assert min(counts.values()) >= 4
     assert len({record.id for record in records}) == len(records)
-    assert all(record.chosen.strip() and record.rejected.strip() for record in records)
+    assert all(record.chosen[0].strip() and record.rejected[0].strip() for record in records)
     assert all(record.chosen != record.rejected for record in records)
 
 
@@ -247,7 +246,7 @@ def test_length_alone_does_not_solve_training() -> None:
 
 
 def test_length_alone_does_not_solve_the_reward_bench_sample() -> None:
-    assert 0.35 <= share(len(r.chosen) > len(r.rejected) for r in reward_bench_records()) <= 0.65
+    assert 0.35 <= share(len(r.chosen[0]) > len(r.rejected[0]) for r in reward_bench_records()) <= 0.65
 
 
 # --- the cue: more of it in the worse text, less of it in the better one ---

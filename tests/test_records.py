@@ -33,12 +33,12 @@ from codes.common.records import (
     read_bias_file,
     read_preference_file,
     read_refinement_file,
-    read_reward_bench_file,
     write_json,
     write_jsonl,
     write_row,
     write_text,
 )
+from codes.evaluate.benchmarks import read_benchmark
 
 REPO = Path(__file__).resolve().parents[1]
 WriteRows = Callable[[str, Sequence[Any]], Path]
@@ -205,7 +205,7 @@ def test_what_no_turn_holds_is_refused_by_every_reader(write_rows: WriteRows, ke
         (lambda path: list(iter_preference_file(path)), GOOD),
         (read_bias_file, BIAS_ROW),
         (read_refinement_file, REFINEMENT_ROW),
-        (lambda path: read_reward_bench_file(path, subsets={"donotanswer"}), BENCH_ROW),
+        (lambda path: read_benchmark(path, "reward_bench"), BENCH_ROW),
     ]
     for read, row in readers:
         with pytest.raises(ContrastRMError, match=rf":1: field '{key}': found .*nothing renders it"):
@@ -519,7 +519,7 @@ def test_evaluation_readers_never_fail_otherwise(tmp_path_factory: pytest.TempPa
     for read in (
         read_bias_file,
         read_refinement_file,
-        lambda file: read_reward_bench_file(file, subsets={"s"}),
+        lambda file: read_benchmark(file, "reward_bench"),
     ):
         try:
             read(path)
@@ -563,18 +563,20 @@ def test_refinement_rows(write_rows: WriteRows) -> None:
 
 def test_reward_bench_rows(write_rows: WriteRows) -> None:
     turns = [turn("user", "a"), turn("assistant", "b"), turn("user", "c")]
-    path = write_rows("f.jsonl", [BENCH_ROW, BENCH_ROW | {"prompt": turns}])
-    records, _ = read_reward_bench_file(path, subsets={"donotanswer"})
-    assert (records[0].id, records[0].messages, records[0].extra) == ("7", [USER], {"chosen_model": "m"})
-    assert records[1].messages == turns
+    own = BENCH_ROW | {"prompt": turns, "chosen_model": "written-for-contrastrm"}
+    path = write_rows("f.jsonl", [BENCH_ROW, own])
+    items, _ = read_benchmark(path, "reward_bench")
+    assert (items[0].id, items[0].messages, items[0].origin) == ("7", (USER,), "")
+    assert (items[1].messages, items[1].origin) == (tuple(turns), "own sample")
     with pytest.raises(ContrastRMError, match=":1: field 'prompt': found 'nothing'"):
-        read_reward_bench_file(
-            write_rows("bad.jsonl", [{k: v for k, v in BENCH_ROW.items() if k != "prompt"}]),
-            subsets={"donotanswer"},
-        )
+        rows = [{k: v for k, v in BENCH_ROW.items() if k != "prompt"}]
+        read_benchmark(write_rows("bad.jsonl", rows), "reward_bench")
     # An unknown subset would be missing from every figure: it stops the run whatever --max_bad_rows allows.
-    with pytest.raises(ContrastRMError, match=r":1: field 'subset': unknown subset 'donotanswer'; known: b, z"):
-        read_reward_bench_file(path, subsets={"z", "b"}, max_bad_rows=99)
+    path = write_rows("odd.jsonl", [BENCH_ROW | {"subset": "hep-perl"}])
+    with pytest.raises(
+        ContrastRMError, match=r":1: field 'subset': unknown subset 'hep-perl'; known: alpacaeval-easy, "
+    ):
+        read_benchmark(path, "reward_bench", max_bad_rows=99)
 
 
 # --- writers

@@ -23,6 +23,7 @@ from codes.common.biases import EVALUABLE, PAIRWISE
 from codes.common.errors import ContrastRMError
 from codes.common.reporting import Cell, markdown_table, percent, percent_interval, text_table
 from codes.evaluate import compare_models, eval_reward_bench, eval_rm, report
+from codes.evaluate.benchmark_figures import SUBSETS
 from codes.evaluate.report_pairs import (
     SHORTEST_KEPT_RUN,
     PairScores,
@@ -41,7 +42,6 @@ from codes.evaluate.report_plots import (
     plot_shares,
     themed_svg,
 )
-from codes.evaluate.reward_bench_table import SUBSETS
 from tests.conftest import REPO_ROOT, run_module
 
 HOSTILE = '</td></table><script>alert("x")</script><img src=http://example.org/x onerror=alert(1)> \u202eevil\x00\x1b & 中文 🙂'
@@ -588,7 +588,7 @@ def test_other_benchmarks(one: Path, evaluated: list[Path], tmp_path: Path) -> N
     del summary["accuracy"]
     (one / "llmbar_summary.json").write_text(json.dumps(summary), encoding="utf-8")
     with pytest.raises(ContrastRMError, match=r"llmbar_summary.json: the summary has no accuracy"):
-        report.write_report(one)
+        report.write_joint_report([one], one)
 
 
 # --- marking what a rewrite did ---

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
+
+Row = TypeVar("Row")
 
 # Thai, Lao, Myanmar, Khmer, Kana and Han are written without blanks, and endings change every word of Korean: a character
 # (and a vowel sign) is a word.
@@ -71,3 +74,14 @@ def row_question(row: Any) -> str | None:
         )
         return user_text(found) if whole else None
     return found if isinstance(found, str) else None
+
+
+def choose_subset(rows: Sequence[Row], limit: int, seed: int, key: Callable[[Row], str]) -> list[Row]:
+    """At most ``limit`` rows (0: all), in file order, chosen by a hash of the seed and the key.
+
+    A question that stands in several files falls in or out of all of them alike, as far as the limits allow.
+    """
+    if limit <= 0 or len(rows) <= limit:
+        return list(rows)
+    rank = [(hashlib.sha256(f"{seed}\n{key(row)}".encode()).hexdigest(), index) for index, row in enumerate(rows)]
+    return [rows[index] for index in sorted(index for _, index in sorted(rank)[:limit])]

@@ -168,19 +168,6 @@ class RefinementRecord:
 
 
 @dataclass(frozen=True)
-class RewardBenchRecord:
-    """One RewardBench row."""
-
-    line: int
-    id: str
-    messages: list[Message]
-    chosen: str
-    rejected: str
-    subset: str
-    extra: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class ReadReport:
     """What a reader saw. ``n_rows`` = ``n_good`` + ``len(bad)``; ``bad`` holds one message a bad row."""
 
@@ -896,42 +883,6 @@ def read_refinement_file(path: str | Path, *, max_bad_rows: int = 0) -> tuple[li
             question=question_field(file, line, row),
             original_response=text_field(file, line, row, "original_response", allow_empty=True),
             rewritten_response=text_field(file, line, row, "rewritten_response", allow_empty=True),
-        )
-
-    return read_rows(path, parse, max_bad_rows)
-
-
-def read_reward_bench_file(
-    path: str | Path, *, subsets: Collection[str], max_bad_rows: int = 0
-) -> tuple[list[RewardBenchRecord], ReadReport]:
-    """Read RewardBench rows.
-
-    Args:
-        subsets: The known subsets. Another one is always an error, whatever ``max_bad_rows``: it would be left out of
-            every figure.
-
-    Raises:
-        ContrastRMError: Missing file, unknown subset, more bad rows than allowed, or no good row.
-    """
-
-    def parse(file: Path, line: int, row: dict[str, Any]) -> RewardBenchRecord:
-        subset = text_field(file, line, row, "subset")
-        if subset not in subsets:
-            raise ContrastRMError(
-                f"{file}:{line}: field 'subset': unknown subset {subset!r}; known: {', '.join(sorted(subsets))}"
-            )
-        prompt = prompt_field(file, line, row)
-        if prompt is None:
-            raise RecordError(file, line, "prompt", "nothing", "a non-empty text or list of turns")
-        known = {"id", "system", "prompt", "messages", "question", "chosen", "rejected", "subset"}
-        return RewardBenchRecord(
-            line=line,
-            id=id_field(file, line, row, "id"),
-            messages=prompt,
-            chosen=text_field(file, line, row, "chosen", allow_empty=True),
-            rejected=text_field(file, line, row, "rejected", allow_empty=True),
-            subset=subset,
-            extra={key: value for key, value in row.items() if key not in known},
         )
 
     return read_rows(path, parse, max_bad_rows)

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from codes.common.reporting import percent, percent_interval, rate_cell
+from codes.evaluate.benchmark_figures import LEVELS, LLMBAR_ADVERSARIAL, RM_BENCH_DOMAINS, SECTIONS, TIES, subsets_of
+from codes.evaluate.benchmarks import BENCHMARKS, REWARD_BENCH
 from codes.evaluate.compare_rows import (
     Draws,
     Shared,
@@ -31,27 +33,18 @@ from codes.evaluate.compare_rows import (
     read_rows,
     share_rows,
 )
-from codes.evaluate.format_metrics import LEVELS, RM_BENCH_DOMAINS
-from codes.evaluate.formats import FORMATS, LLMBAR_ADVERSARIAL, REWARD_BENCH, TIES
-from codes.evaluate.report import read_summary
-from codes.evaluate.reward_bench_table import SECTIONS, SUBSETS, subsets_of
+from codes.evaluate.results import Summary, read_summary
 
-Summary = Mapping[str, Any]
 # The parts of one rate of a comparison, each with its weight in the mean.
 Parts = list[tuple[Shared, float]]
 # What it is of, the name of the rate, and its parts.
 Effect = tuple[str, str, Parts]
-TITLES: dict[str, str] = {REWARD_BENCH: "RewardBench", **{name: some.title for name, some in FORMATS.items()}}
-SUBSET_NAMES: dict[str, tuple[str, ...]] = {
-    REWARD_BENCH: tuple(subset.name for subset in SUBSETS),
-    **{name: tuple(some.subsets) for name, some in FORMATS.items()},
-}
 # What one hit of the leaderboard's rate is.
-UNITS = {name: "comparisons" if name == "rm_bench" else "rows" for name in TITLES}
+UNITS = {name: "comparisons" if name == "rm_bench" else "rows" for name in BENCHMARKS}
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class SharedBenchmark:
     """The rows of one benchmark that every model scored.
 
     Attributes:
@@ -66,15 +59,15 @@ class Benchmark:
     shared: Shared
 
 
-def read_benchmarks(folders: Mapping[str, str]) -> tuple[dict[str, Benchmark], list[str]]:
+def read_benchmarks(folders: Mapping[str, str]) -> tuple[dict[str, SharedBenchmark], list[str]]:
     """The benchmarks that all models have under one label, and why others that some model has are not compared.
 
     Raises:
         ContrastRMError: A summary or its rows cannot be read.
     """
-    found: dict[str, Benchmark] = {}
+    found: dict[str, SharedBenchmark] = {}
     notes: list[str] = []
-    for name, title in TITLES.items():
+    for name, title in ((name, one.title) for name, one in BENCHMARKS.items()):
         read = {model: read_summary(Path(folder) / f"{name}_summary.json") for model, folder in folders.items()}
         summaries = {model: summary for model, summary in read.items() if summary is not None}
         without = [model for model in read if model not in summaries]
@@ -88,7 +81,7 @@ def read_benchmarks(folders: Mapping[str, str]) -> tuple[dict[str, Benchmark], l
         else:
             shared = _read_shared(name, folders)
             if len(shared):
-                found[name] = Benchmark(name, labels[0], summaries, shared)
+                found[name] = SharedBenchmark(name, labels[0], summaries, shared)
             else:
                 notes.append(f"{title} is not compared: the models have no scored row in common.")
     return found, notes
@@ -119,7 +112,7 @@ def _by_subset(name: str, shared: Shared) -> dict[str, Shared]:
 def _subsets(name: str, shared: Shared) -> list[str]:
     """The official ones in the published order, then any other."""
     rows = next(iter(shared.rows.values()))
-    return list(dict.fromkeys((*SUBSET_NAMES[name], *(str(row["subset"]) for row in rows))))
+    return list(dict.fromkeys((*BENCHMARKS[name].subsets, *(str(row["subset"]) for row in rows))))
 
 
 def _cells(shared: Shared, places: Sequence[tuple[int, int]]) -> Shared:
@@ -201,7 +194,7 @@ _EFFECTS: dict[str, Callable[[Shared], tuple[list[Effect], list[Effect]]]] = {
 
 
 def benchmark_differences(
-    benchmark: Benchmark, pairs: Sequence[tuple[str, str]], draws: Draws
+    benchmark: SharedBenchmark, pairs: Sequence[tuple[str, str]], draws: Draws
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Two families: the whole with its official means, and the subsets."""
     families = _EFFECTS[benchmark.name](benchmark.shared)
@@ -217,7 +210,7 @@ def benchmark_differences(
     return overall, subsets
 
 
-def benchmark_rate(benchmark: Benchmark, model: str) -> dict[str, Any]:
+def benchmark_rate(benchmark: SharedBenchmark, model: str) -> dict[str, Any]:
     """One model's share of right rows, of right comparisons in RM-Bench."""
     shared = benchmark.shared
     if benchmark.name == "rm_bench":
@@ -228,7 +221,7 @@ def benchmark_rate(benchmark: Benchmark, model: str) -> dict[str, Any]:
 # --- side by side ---
 
 
-def benchmark_table(benchmark: Benchmark) -> tuple[list[str], list[list[str]]]:
+def benchmark_table(benchmark: SharedBenchmark) -> tuple[list[str], list[list[str]]]:
     """Header and rows: each model's own figures, on all of its rows."""
     found = list(benchmark.summaries.values())
     if benchmark.name == REWARD_BENCH:

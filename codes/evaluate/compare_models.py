@@ -40,10 +40,10 @@ from codes.common.reporting import (
     run_metadata,
     text_table,
 )
+from codes.evaluate.benchmarks import BENCHMARKS, REWARD_BENCH
 from codes.evaluate.compare_benchmarks import (
-    TITLES,
     UNITS,
-    Benchmark,
+    SharedBenchmark,
     benchmark_differences,
     benchmark_rate,
     benchmark_table,
@@ -65,19 +65,13 @@ from codes.evaluate.compare_rows import (
     share_rows,
 )
 from codes.evaluate.compare_stats import ALPHA, PairedPart
-from codes.evaluate.formats import FORMAT_NAMES, FORMATS, REWARD_BENCH
 from codes.evaluate.metrics import Stratum, stratified_rate
-from codes.evaluate.report import BIAS_SUMMARY, REFINEMENT, pooled_name, read_summary
+from codes.evaluate.report_tables import pooled_name
+from codes.evaluate.results import BIAS_SUMMARY, REFINEMENT, Summary, data_hashes, differences, read_summary
 
-Summary = Mapping[str, Any]
 NOTHING = "–"
-# Whatever of these differs between two models, the figures are not of the same measurement.
-SETTINGS = (
-    "seed", "dtype", "limit_per_bias", "placebo_sentence", "placebo_source", "refinement_request", "overlength", "max_length",
-    "prompt_version", "temperature", "max_new_tokens"
-)  # fmt: skip
 # Orders of the leaderboard by a benchmark; the others are by pairs right before and after, by BSR and by accuracy.
-SORT_BY_BENCHMARK = {"rewardbench": REWARD_BENCH, **{name: name for name in FORMATS}}
+SORT_BY_BENCHMARK = {"rewardbench" if name == REWARD_BENCH else name: name for name in BENCHMARKS}
 SORT_RATES = {
     "both": "right_before_and_after", "bsr": "bias_sensitivity_rate", "accuracy": "original_pair_accuracy"
 }  # fmt: skip
@@ -125,7 +119,7 @@ class Inputs:
 
     folders: Mapping[str, str]
     biases: Mapping[str, Summary]
-    benchmarks: Mapping[str, Benchmark]
+    benchmarks: Mapping[str, SharedBenchmark]
     notes: Sequence[str]
 
 
@@ -187,7 +181,7 @@ def read_bias_rows(
             for name, folder in folders.items()
         }
         named = all(row.get("row_id") for rows in by_model.values() for row in rows)
-        hashes = {_data_hashes(summary).get(eval_file_name(bias)) for summary in results.values()}
+        hashes = {data_hashes(summary).get(eval_file_name(bias)) for summary in results.values()}
         if not named and len(hashes) > 1:
             raise ContrastRMError(
                 f"the rows of {bias} cannot be matched: the models were evaluated on different files, and some of the results "
@@ -333,7 +327,7 @@ def leaderboard(
     models: Sequence[str],
     results: Mapping[str, Summary],
     shared: Mapping[str, Shared],
-    benchmarks: Mapping[str, Benchmark],
+    benchmarks: Mapping[str, SharedBenchmark],
     *,
     sort: str,
 ) -> list[dict[str, Any]]:
@@ -427,11 +421,11 @@ def group_rows(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def leaderboard_header(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """With a column for each benchmark that is compared."""
-    return [*LEADERBOARD_HEADER, *[f"{TITLES[name]} {UNITS[name]}" for name in _benchmarks_of(entries)]]
+    return [*LEADERBOARD_HEADER, *[f"{BENCHMARKS[name].title} {UNITS[name]}" for name in _benchmarks_of(entries)]]
 
 
 def _benchmarks_of(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [name for name in FORMAT_NAMES if any(name in entry["benchmarks"] for entry in entries)]
+    return [name for name in BENCHMARKS if any(name in entry["benchmarks"] for entry in entries)]
 
 
 def leaderboard_rows(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -518,38 +512,6 @@ def _counts(counts: Sequence[int]) -> str:
     return " / ".join(map(str, dict.fromkeys(counts)))
 
 
-def differences(results: Mapping[str, Summary]) -> list[str]:
-    """What makes the figures of the models not comparable: other data, other settings."""
-    found: list[str] = []
-    for name, summary in results.items():
-        first_name, first = next(iter(results.items()))
-        hashes, others = _data_hashes(summary), _data_hashes(first)
-        other_files = [file for file in sorted(hashes.keys() | others.keys()) if hashes.get(file) != others.get(file)]
-        if other_files:
-            found.append(f"{name} and {first_name} were not evaluated on the same files: {', '.join(other_files)}")
-        if _is_judge(summary) != _is_judge(first):
-            kinds = [f"{which} is a {'judge of pairs' if _is_judge(some) else 'model that scores texts'}"
-                     for which, some in ((name, summary), (first_name, first))]  # fmt: skip
-            found.append(f"{' and '.join(kinds)}: ties and lengths come about in other ways")
-            continue
-        for key in SETTINGS:
-            if summary["metadata"].get(key) != first["metadata"].get(key):
-                values = f"{summary['metadata'].get(key)!r} and {first['metadata'].get(key)!r}"
-                found.append(f"{name} and {first_name} differ in {key}: {values}")
-    return found
-
-
-def _is_judge(summary: Summary) -> bool:
-    return "prompt_version" in summary["metadata"]
-
-
-def _data_hashes(summary: Summary) -> dict[str, str]:
-    """By the file's name; LLMBar's files all have the same one, and are told apart by their folders."""
-    files = [(Path(file["path"]), file["sha256"]) for file in summary["metadata"].get("data_files", ())]
-    counts = Counter(path.name for path, _ in files)
-    return {path.name if counts[path.name] == 1 else f"{path.parent.name}/{path.name}": sha for path, sha in files}
-
-
 # --- the whole ----------------------------------------------------------------------------------------------------------
 
 
@@ -578,7 +540,9 @@ def compare(
     """
     names, results, benchmarks = inputs.folders, inputs.biases, inputs.benchmarks
     if sort in SORT_BY_BENCHMARK and SORT_BY_BENCHMARK[sort] not in benchmarks:
-        raise ContrastRMError(f"--sort {sort}: not every model has rows of {TITLES[SORT_BY_BENCHMARK[sort]]} in common")
+        raise ContrastRMError(
+            f"--sort {sort}: not every model has rows of {BENCHMARKS[SORT_BY_BENCHMARK[sort]].title} in common"
+        )
     pairs = model_pairs(names, reference)
     shared = read_bias_rows(names, results, clean=rows == "clean")
     not_compared = [*inputs.notes, *_biases_of_some(results)]
@@ -648,7 +612,7 @@ def _title(key: str) -> str:
     if key in BIAS_TITLES:
         return BIAS_TITLES[key]
     name = key.removesuffix("_subsets")
-    return f"Paired differences, {TITLES[name]}" + ("" if name == key else ", by subset")
+    return f"Paired differences, {BENCHMARKS[name].title}" + ("" if name == key else ", by subset")
 
 
 BIAS_TITLES = {"pooled": "Paired differences, all biases", "biases": "Paired differences by bias"}

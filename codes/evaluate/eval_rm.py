@@ -24,6 +24,7 @@ from codes.common.biases import EVALUABLE, Bias, eval_file_name, get_bias
 from codes.common.chat import Conversation
 from codes.common.cli import natural, run
 from codes.common.errors import ContrastRMError
+from codes.common.questions import choose_subset
 from codes.common.records import (
     BiasRecord,
     ReadReport,
@@ -50,18 +51,12 @@ from codes.evaluate.metrics import (
     summarise_overall,
     summarise_refinement,
 )
-from codes.evaluate.report import (
-    BIAS_HEADER,
-    BIAS_SUMMARY,
-    REFINEMENT_HEADER,
-    bias_rows,
-    refinement_rows,
-    write_report,
-)
+from codes.evaluate.report import write_report
+from codes.evaluate.report_tables import BIAS_HEADER, REFINEMENT_HEADER, bias_rows, refinement_rows
+from codes.evaluate.results import BIAS_SUMMARY
 from codes.evaluate.scorer_setup import (
     ScoredRow,
     add_model_arguments,
-    choose_subset,
     json_score,
     load_scorer,
     model_results_folder,

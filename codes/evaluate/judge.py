@@ -57,17 +57,23 @@ from codes.common.records import (
 )
 from codes.common.reporting import percent, percent_interval, rate_cell, run_metadata, text_table
 from codes.evaluate.api import PairVerdict
-from codes.evaluate.data_checks import audit, flagged_lines, kinds_by_line, lines_by_kind
-from codes.evaluate.eval_reward_bench import (
-    benchmark_source,
-    describe_source,
-    label_of,
-    print_benchmark,
-    print_tables,
-    read_items,
-    read_reward_bench,
-    summary_file,
+from codes.evaluate.benchmark_figures import (
+    SECTIONS,
+    SUBSETS,
+    BenchmarkItem,
+    ItemOutcome,
+    mean_of_sections,
 )
+from codes.evaluate.benchmarks import (
+    BENCHMARKS,
+    REWARD_BENCH,
+    describe_source,
+    detect_format,
+    label_of,
+    read_benchmark,
+)
+from codes.evaluate.data_checks import audit, flagged_lines, kinds_by_line, lines_by_kind
+from codes.evaluate.eval_reward_bench import print_summary
 from codes.evaluate.eval_rm import (
     PLACEBO_SENTENCE,
     REFINEMENT_REQUEST,
@@ -80,26 +86,16 @@ from codes.evaluate.eval_rm import (
     summarise,
     write_results,
 )
-from codes.evaluate.format_metrics import ItemOutcome, summarise_benchmark
-from codes.evaluate.formats import FORMAT_NAMES, FORMATS, REWARD_BENCH, BenchmarkItem, detect_format
 from codes.evaluate.metrics import (
     PairOutcome,
     RefinementOutcome,
-    RewardBenchOutcome,
     Stratum,
     Verdict,
     rate_fields,
     stratified_rate,
-    summarise_reward_bench,
 )
-from codes.evaluate.report import (
-    BIAS_HEADER,
-    REFINEMENT_HEADER,
-    bias_rows,
-    refinement_rows,
-    write_report,
-)
-from codes.evaluate.reward_bench_table import SECTIONS, SUBSETS, subsets_of
+from codes.evaluate.report import write_report
+from codes.evaluate.report_tables import BIAS_HEADER, REFINEMENT_HEADER, bias_rows, refinement_rows
 from codes.evaluate.scorer_setup import model_results_folder
 
 PROMPT_VERSION = "1"
@@ -472,32 +468,19 @@ def read_benchmark_task(
             f"{', '.join(PAIR_FORMATS)}"
         )
     choice: dict[str, Any] = {"category": category, "limit": limit, "seed": seed, "max_bad_rows": max_bad_rows}
-    if name != REWARD_BENCH:
-        items, reports = read_items(data_file, name, **choice)
-        return BenchmarkTask(name, items, reports, benchmark_source(data_file), data_file)
-    records, report = read_reward_bench(data_file, **choice)
-    items = [
-        BenchmarkItem(data_file, r.line, r.id, tuple(r.messages), (r.chosen,), (r.rejected,), r.subset) for r in records
-    ]
-    return BenchmarkTask(name, items, [report], describe_source(data_file, records), data_file)
+    items, reports = read_benchmark(data_file, name, **choice)
+    return BenchmarkTask(name, items, reports, describe_source(data_file, items), data_file)
 
 
 def summarise_benchmark_task(task: BenchmarkTask, judgements: Sequence[PairJudgement]) -> dict[str, Any]:
     """The summary of the format, under the label of the data."""
-    if task.format_name == REWARD_BENCH:
-        scores = [SCORES[judgement.verdict] for judgement in judgements]
-        figures = summarise_reward_bench(
-            RewardBenchOutcome(item.id, item.subset, item.question, better, other, item.line)
-            for item, (better, other) in zip(task.items, scores, strict=True)
-        )
-        figures |= published_rewardbench_score(task.items, judgements)
-        return {"label": label_of(task.source, figures["complete"]), **figures}
-    some = FORMATS[task.format_name]
     groups = zip(task.items, task.by_item(judgements), strict=True)
-    figures = summarise_benchmark(task.format_name, [item_outcome(item, group) for item, group in groups])
-    if task.format_name in ("judgebench", "llmbar"):
+    figures = BENCHMARKS[task.format_name].summarise([item_outcome(item, group) for item, group in groups])
+    if task.format_name == REWARD_BENCH:
+        figures |= published_rewardbench_score(task.items, judgements)
+    elif task.format_name in ("judgebench", "llmbar"):
         figures |= published_accuracy(task.format_name, judgements)
-    return {"label": label_of(task.source, figures["complete"], some.title, some.dataset_id), **figures}
+    return {"label": label_of(task.format_name, task.source, figures["complete"]), **figures}
 
 
 def published_accuracy(format_name: str, judgements: Sequence[PairJudgement]) -> dict[str, Any]:
@@ -514,15 +497,12 @@ def published_accuracy(format_name: str, judgements: Sequence[PairJudgement]) ->
 
 def published_rewardbench_score(items: Sequence[BenchmarkItem], judgements: Sequence[PairJudgement]) -> dict[str, Any]:
     """RewardBench's mean of sections over the credits of pairs; None unless every subset has its official rows."""
-    by_subset: dict[str, list[PairJudgement]] = {}
+    by_subset: dict[str, list[PairJudgement]] = {subset.name: [] for subset in SUBSETS}
     for item, judgement in zip(items, judgements, strict=True):
-        by_subset.setdefault(item.subset, []).append(judgement)
-    strata = []
-    for subset in SUBSETS:
-        weight = subset.weight / sum(other.weight for other in subsets_of(subset.section))
-        strata.append(_credit_stratum(weight, REWARD_BENCH, by_subset.get(subset.name, [])))
-    whole = all(len(one.numerators) == subset.n_rows for one, subset in zip(strata, SUBSETS, strict=True))
-    score, interval = stratified_rate(strata) if whole else (None, None)
+        by_subset[item.subset].append(judgement)
+    strata = {name: _credit_stratum(1.0, REWARD_BENCH, of_subset) for name, of_subset in by_subset.items()}
+    whole = all(len(strata[subset.name].numerators) == subset.n_rows for subset in SUBSETS)
+    score, interval = mean_of_sections(strata) if whole else (None, None)
     return {"published_rewardbench_score": score, "published_rewardbench_score_ci": interval}
 
 
@@ -682,11 +662,8 @@ def _write_benchmark(
     groups = zip(task.items, task.by_item(judgements), strict=True)
     rows = [benchmark_row(item, group) for item, group in groups]
     write_jsonl(folder / f"{task.format_name}.jsonl", [{"label": figures["label"], **row} for row in rows])
-    write_json(folder / summary_file(task.format_name), summary)
-    if task.format_name == REWARD_BENCH:
-        print_tables(summary)
-    else:
-        print_benchmark(summary)
+    write_json(folder / f"{task.format_name}_summary.json", summary)
+    print_summary(task.format_name, summary)
     if (line := published_line(summary)) is not None:
         print(line)
     print()
@@ -718,7 +695,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--limit_per_bias", type=natural, default=0, help="at most so many rows a bias; 0: all")
     parser.add_argument("--data_file", default=None, help="also judge this benchmark file")
-    parser.add_argument("--format", default="auto", choices=("auto", *FORMAT_NAMES), help="of --data_file")
+    parser.add_argument("--format", default="auto", choices=("auto", *BENCHMARKS), help="of --data_file")
     parser.add_argument("--category", default="all", help=f"of --data_file: all, {', '.join(SECTIONS)}, or a subset")
     parser.add_argument("--limit_per_subset", type=natural, default=0, help="at most so many rows a subset; 0: all")
     parser.add_argument("--results_dir", default="results", help="parent of the judge's results folder")

@@ -1,8 +1,7 @@
-"""The metrics: from the scores of single texts to verdicts, bias sensitivity and RewardBench accuracy.
+"""The metrics: from the scores of single texts to verdicts and bias sensitivity.
 
-Pure functions; no torch, no files. Judging a row (``PairOutcome``, ``RefinementOutcome``,
-``RewardBenchOutcome``) stands apart from summing up (``summarise_*``), so that every number can be opened
-down to its rows.
+Pure functions; no torch, no files. Judging a row (``PairOutcome``, ``RefinementOutcome``) stands apart from summing up
+(``summarise_*``), so that every number can be opened down to its rows.
 
     python -m pytest tests/test_metrics.py
 
@@ -85,7 +84,6 @@ from codes.common.errors import ContrastRMError
 from codes.common.questions import question_key
 from codes.common.stats import CONFIDENCE, Rate, cluster_index, cluster_rate, mean_interval, sign_flip_p, wilson
 from codes.common.verdicts import VERDICTS, Verdict, judge_pair
-from codes.evaluate.reward_bench_table import SECTIONS, SUBSET_BY_NAME, SUBSETS, Subset, subsets_of
 
 FlipCause = Literal["chosen_alone", "rejected_alone", "either_alone", "only_both"]
 RefinementVerdict = Literal["refined", "original", "tie"]
@@ -242,33 +240,6 @@ class RefinementOutcome:
     def verdict_after_history(self) -> RefinementVerdict:
         """Which answer wins when the refined one is scored after its refinement history."""
         return _refinement_verdict(self.refined_after_history, self.original_alone)
-
-
-@dataclass(frozen=True)
-class RewardBenchOutcome:
-    """The two scores of one RewardBench row; nan where the text was dropped."""
-
-    id: str
-    subset: str
-    question: str
-    score_chosen: float
-    score_rejected: float
-    line: int = 0
-
-    @property
-    def cluster(self) -> str:
-        """The unit of chance: the question, whatever its layout."""
-        return question_key(self.question)
-
-    @property
-    def is_scored(self) -> bool:
-        """Whether both scores exist."""
-        return math.isfinite(self.score_chosen) and math.isfinite(self.score_rejected)
-
-    @property
-    def verdict(self) -> Verdict:
-        """Verdict; a tie is not correct."""
-        return judge_pair(self.score_chosen, self.score_rejected)
 
 
 def _log_ratio(lengths: tuple[int, int]) -> float:
@@ -742,105 +713,3 @@ def refinement_rates(outcomes: Iterable[RefinementOutcome]) -> dict[str, Any]:
         "n_ties_after_history": sum(b == "tie" for _, b in moves),
         "transitions": {f"{a}_to_{b}": counts[(a, b)] for a in REFINEMENT_VERDICTS for b in REFINEMENT_VERDICTS},
     }
-
-
-# --- RewardBench ---
-
-
-def summarise_reward_bench(rows: Iterable[RewardBenchOutcome]) -> dict[str, Any]:
-    """RewardBench accuracy per subset, per section and as a whole.
-
-    A section is ``partial`` unless every one of its subsets has exactly the official number of scored rows;
-    its accuracy is then the mean over the subsets that are there. ``rewardbench_score`` (mean of the four
-    sections) is None as soon as one section is partial. ``weighted_average_accuracy`` = correct / total over
-    the rows that are there.
-
-    Raises:
-        ContrastRMError: A subset that RewardBench does not have.
-    """
-    by_subset: dict[str, list[RewardBenchOutcome]] = {subset.name: [] for subset in SUBSETS}
-    for row in rows:
-        if row.subset not in SUBSET_BY_NAME:
-            raise ContrastRMError(f"unknown subset {row.subset!r}; known: {', '.join(SUBSET_BY_NAME)}")
-        by_subset[row.subset].append(row)
-    subsets = {subset.name: _summarise_subset(subset, by_subset[subset.name]) for subset in SUBSETS}
-    strata = {name: _accuracy_stratum(SUBSET_BY_NAME[name].weight, some) for name, some in by_subset.items()}
-    sections = {section: _summarise_section(section, subsets, strata) for section in SECTIONS}
-    score, interval = _mean_of_sections(sections, strata)
-    everything = [row for some in by_subset.values() for row in some if row.is_scored]
-    return {
-        "n_rows": sum(map(len, by_subset.values())),
-        "n_excluded": sum(map(len, by_subset.values())) - len(everything),
-        "n_ties": sum(row.verdict == "tie" for row in everything),
-        "rewardbench_score": score,
-        "rewardbench_score_ci": interval,
-        **_accuracy_fields("weighted_average_accuracy", everything),
-        "complete": not any(section["partial"] for section in sections.values()),
-        "sections": sections,
-        "subsets": subsets,
-    }
-
-
-def _accuracy_fields(name: str, scored: Sequence[RewardBenchOutcome]) -> dict[str, Any]:
-    correct = [row.verdict == "correct" for row in scored]
-    return rate_fields(name, correct, [True] * len(scored), [row.cluster for row in scored])
-
-
-def _accuracy_stratum(weight: float, rows: Sequence[RewardBenchOutcome]) -> Stratum:
-    scored = [row for row in rows if row.is_scored]
-    correct = [row.verdict == "correct" for row in scored]
-    return Stratum(weight, correct, [True] * len(scored), [row.cluster for row in scored])
-
-
-def _summarise_subset(subset: Subset, rows: Sequence[RewardBenchOutcome]) -> dict[str, Any]:
-    scored = [row for row in rows if row.is_scored]
-    if len(scored) == len(rows) == subset.n_rows:
-        state = "complete"
-    elif not rows:
-        state = "missing"
-    else:
-        state = "short" if len(scored) < subset.n_rows else "long"
-    return {
-        "section": subset.section,
-        "state": state,
-        "n_rows": len(rows),
-        "n_official_rows": subset.n_rows,
-        "n_excluded": len(rows) - len(scored),
-        "n_ties": sum(row.verdict == "tie" for row in scored),
-        "weight": subset.weight,
-        **_accuracy_fields("accuracy", scored),
-    }
-
-
-def _summarise_section(
-    section: str, subsets: Mapping[str, dict[str, Any]], strata: Mapping[str, Stratum]
-) -> dict[str, Any]:
-    names = [subset.name for subset in subsets_of(section)]
-    accuracy, interval = stratified_rate([strata[name] for name in names if strata[name].denominators])
-    states = {
-        state: [name for name in names if subsets[name]["state"] == state] for state in ("missing", "short", "long")
-    }
-    return {
-        "accuracy": accuracy,
-        "accuracy_ci": interval,
-        "n_rows": sum(subsets[name]["n_rows"] for name in names),
-        "n_scored": sum(subsets[name]["accuracy_total"] for name in names),
-        "n_subsets": len(names),
-        "partial": any(states.values()),
-        **{f"{state}_subsets": named for state, named in states.items()},
-    }
-
-
-def _mean_of_sections(
-    sections: Mapping[str, dict[str, Any]], strata: Mapping[str, Stratum]
-) -> tuple[float | None, list[float] | None]:
-    if any(section["partial"] for section in sections.values()):
-        return None, None
-    # Every section weighs the same: within it the official weights, scaled to one.
-    weighted = [
-        Stratum(subset.weight / sum(other.weight for other in subsets_of(subset.section)), stratum.numerators,
-                stratum.denominators, stratum.clusters)
-        for subset in SUBSETS
-        for stratum in (strata[subset.name],)
-    ]  # fmt: skip
-    return stratified_rate(weighted)

@@ -18,46 +18,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from codes.common.cli import natural, run
-from codes.common.errors import ContrastRMError
+from codes.common.errors import ContrastRMError, optional
 from codes.common.records import ensure_writable_folder, open_atomic, write_jsonl, write_text
 from codes.evaluate.report_page import Page, PairView, render_html, render_markdown
-from codes.evaluate.report_pairs import TextSource, choose_pairs, rows_file_missing, turned_pairs
+from codes.evaluate.report_pairs import TextSource, choose_pairs, turned_pairs
 from codes.evaluate.report_parts import parts_of
 from codes.evaluate.report_plots import Plot
-from codes.evaluate.report_results import BIAS_SUMMARY, REWARD_BENCH_SUMMARY, ModelResults, read_results, read_summary
-from codes.evaluate.report_tables import (
-    BIAS_HEADER,
-    REFINEMENT,
-    REFINEMENT_HEADER,
-    SECTION_HEADER,
-    SUBSET_HEADER,
-    bias_rows,
-    missing_blocks,
-    pooled_name,
-    refinement_rows,
-    reward_bench_lines,
-    section_rows,
-    subset_rows,
-)
-
-# What other modules of the evaluation take from here.
-__all__ = [
-    "BIAS_HEADER",
-    "BIAS_SUMMARY",
-    "REFINEMENT",
-    "REFINEMENT_HEADER",
-    "REWARD_BENCH_SUMMARY",
-    "SECTION_HEADER",
-    "SUBSET_HEADER",
-    "bias_rows",
-    "pooled_name",
-    "read_summary",
-    "refinement_rows",
-    "reward_bench_lines",
-    "section_rows",
-    "subset_rows",
-    "write_report",
-]
+from codes.evaluate.report_tables import missing_blocks
+from codes.evaluate.results import BIAS_SUMMARY, ModelResults, differences, read_results, rows_file_missing
 
 PAIRS_FILE = "flipped_pairs.jsonl"
 # A page that a phone opens at once: at most so many pairs, and so many bytes of their texts.
@@ -95,10 +63,10 @@ def build_parser() -> argparse.ArgumentParser:
 def write_report(folder: Path) -> None:
     """Write the report of one model into its results folder, from whatever summaries are there.
 
-    Raises:
-        ContrastRMError: A summary cannot be read or a file cannot be written.
+    The results lie there already: what keeps the report from being written is a warning.
     """
-    write_joint_report([folder], folder)
+    with optional(f"the report in {folder}"):
+        write_joint_report([folder], folder)
 
 
 def write_joint_report(folders: Sequence[Path], output: Path, *, max_pairs: int = MAX_PAIRS) -> Page:
@@ -192,9 +160,6 @@ def _scoring_notes(model: ModelResults) -> list[str]:
 
 def not_comparable(results: Sequence[ModelResults]) -> list[str]:
     """What makes the figures of the models figures of different measurements."""
-    # compare_models reads its summaries through this module: imported here, the two do not wait for each other.
-    from codes.evaluate.compare_models import differences
-
     with_bias = {model.name: model.bias for model in results if model.bias and "data_files" in model.bias["metadata"]}
     notes = [f"Not comparable: {text}." for text in differences(with_bias)] if len(with_bias) > 1 else []
     baselines = [(name, summary["baselines"]) for name, summary in with_bias.items() if summary.get("baselines")]

@@ -17,16 +17,16 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from codes.common.biases import EVALUABLE, eval_file_name, get_bias
+from codes.common.biases import EVALUABLE, get_bias
 from codes.common.errors import ContrastRMError, RecordError
 from codes.common.records import (
     BiasRecord,
     RefinementRecord,
     file_sha256,
-    iter_jsonl,
     read_bias_file,
     read_refinement_file,
 )
+from codes.evaluate.results import ModelRows
 
 # Words; a character of a script without blanks is a word. The blanks behind a word belong to it.
 _NO_BLANKS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
@@ -105,55 +105,10 @@ class TurnedPair:
         return {**place, "data_sha256": self.sha256, "question": self.question, "models": models}
 
 
-@dataclass(frozen=True)
-class ModelRows:
-    """The rows of one bias of one model, and the evaluation file that they were made from."""
-
-    model: str
-    bias: str
-    rows: Sequence[Mapping[str, Any]]
-    path: Path
-    data_file: str
-    sha256: str
-    n_bad_rows: int
-    score_sd: float | None
-
-    def gaps(self) -> tuple[list[float], list[float]]:
-        """Score gaps before and after, of the pairs that have both."""
-        scored = [scores for row in self.rows if (scores := _pair_scores(self, row)).before is not None]
-        return [s.before for s in scored if s.before is not None], [s.after for s in scored if s.after is not None]
-
-
-def read_model_rows(model: str, folder: Path, summary: Mapping[str, Any]) -> list[ModelRows]:
-    """The rows of every bias of a summary whose rows file is there.
-
-    Raises:
-        ContrastRMError: A rows file is broken.
-    """
-    files = {Path(str(file["path"])).name: file for file in summary["metadata"].get("data_files", [])}
-    found = []
-    for bias in (name for name in EVALUABLE if name in summary["biases"]):
-        path = folder / f"bias_{bias}.jsonl"
-        if not path.is_file():
-            continue
-        rows = []
-        for line, row in iter_jsonl(path):
-            if not isinstance(row, dict) or not isinstance(row.get("line"), int) or "question" not in row:
-                raise RecordError(path, line, "line", row, "a row of results; evaluate the model again")
-            rows.append(row)
-        file = files.get(eval_file_name(bias), {})
-        fields = summary["biases"][bias]
-        deviation = (
-            summary.get("score_sd") or fields.get("score_sd") or (fields.get("score_gap_shift") or {}).get("score_sd")
-        )
-        place = str(file.get("path", "")), str(file.get("sha256", ""))
-        found.append(ModelRows(model, bias, rows, path, *place, int(file.get("n_bad_rows", 0)), deviation))
-    return found
-
-
-def rows_file_missing(folder: Path, summary: Mapping[str, Any]) -> list[str]:
-    """The biases of a summary whose rows file has gone."""
-    return [name for name in EVALUABLE if name in summary["biases"] and not (folder / f"bias_{name}.jsonl").is_file()]
+def gaps_of(source: ModelRows) -> tuple[list[float], list[float]]:
+    """Score gaps before and after, of the pairs that have both."""
+    scored = [scores for row in source.rows if (scores := _pair_scores(source, row)).before is not None]
+    return [s.before for s in scored if s.before is not None], [s.after for s in scored if s.after is not None]
 
 
 def turned_pairs(sources: Iterable[ModelRows]) -> list[TurnedPair]:

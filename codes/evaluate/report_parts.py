@@ -15,7 +15,9 @@ import numpy as np
 
 from codes.common.biases import PAIRWISE
 from codes.common.reporting import Cell, Row, rate
+from codes.evaluate.benchmarks import BENCHMARKS
 from codes.evaluate.report_page import Figure, Part, Table
+from codes.evaluate.report_pairs import gaps_of
 from codes.evaluate.report_plots import (
     BASELINE_MARKERS,
     BLUE,
@@ -31,7 +33,6 @@ from codes.evaluate.report_plots import (
     plot_rates,
     plot_shares,
 )
-from codes.evaluate.report_results import BENCHMARKS, ModelResults
 from codes.evaluate.report_tables import (
     BENCHMARK_HEADER,
     BIAS_HEADER,
@@ -65,13 +66,13 @@ from codes.evaluate.report_tables import (
     section_rows,
     subset_rows,
 )
+from codes.evaluate.results import ModelResults, Summary
 
 # Words that wrap: the keys of the JSON would make a column as wide as they are long.
 BENCH_FIGURES = ("weighted average accuracy", "RewardBench score")
 BENCH_HEADER = ("model", *BENCH_FIGURES, "data")
 CAUSE_COLOURS = (BLUE, VERMILION, GREEN, PURPLE)
 
-Summary = Mapping[str, Any]
 Rows = Callable[[Summary], Sequence[Row]]
 
 
@@ -281,7 +282,7 @@ def _gap_values(model: ModelResults) -> tuple[list[str], list[tuple[np.ndarray, 
         rows = model.rows_of(bias)
         if rows is None or not rows.score_sd:
             continue
-        before, after = (np.asarray(values) / rows.score_sd for values in rows.gaps())
+        before, after = (np.asarray(values) / rows.score_sd for values in gaps_of(rows))
         if len(before):
             labels.append(bias)
             gaps.append((before, after))
@@ -348,7 +349,7 @@ def _reward_bench(results: Sequence[ModelResults]) -> Part | None:
 def _benchmarks(results: Sequence[ModelResults]) -> Part | None:
     tables = []
     overall: list[Row] = []
-    for name, title in BENCHMARKS.items():
+    for name, title in ((name, one.title) for name, one in BENCHMARKS.items()):
         found = [(model.name, model.benchmarks[name]) for model in results if name in model.benchmarks]
         overall += [[title, model, *benchmark_row(summary)] for model, summary in found]
         rows: list[Row] = [[subset, model, rate(fields, "accuracy"), fields["state"]] for model, summary in found

@@ -14,11 +14,10 @@ from typing import Any
 
 from codes.common.biases import PAIRWISE
 from codes.common.reporting import Cell, Row, number, p_value, percent, percent_interval, rate
+from codes.evaluate.results import REFINEMENT, Summary
 
-REFINEMENT = "refinement-aware"
 CAUSES = ("chosen_alone", "rejected_alone", "either_alone", "only_both")
 
-Summary = Mapping[str, Any]
 
 BIAS_HEADER = ("bias", "pairs", "original accuracy", "biased accuracy", "bias sensitivity rate (BSR)", "ties")
 REFINEMENT_HEADER = (REFINEMENT, "items", "verdict change rate", "to refined", "to original", "shift (score SD)")

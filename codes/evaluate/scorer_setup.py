@@ -17,11 +17,11 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,8 +55,6 @@ SCORING_MODULES = (
     "codes.common.scoring",
     "codes.train.reward_model",
 )
-
-Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -392,17 +390,6 @@ def _is_free_for(folder: Path, weight_hash: str) -> bool:
         raise ContrastRMError(
             f"cannot read {owner}: {error}; move {folder} away or choose another --results_dir"
         ) from error
-
-
-def choose_subset(rows: Sequence[Row], limit: int, seed: int, key: Callable[[Row], str]) -> list[Row]:
-    """At most ``limit`` rows (0: all), in file order, chosen by a hash of the seed and the key.
-
-    A question that stands in several files falls in or out of all of them alike, as far as the limits allow.
-    """
-    if limit <= 0 or len(rows) <= limit:
-        return list(rows)
-    rank = [(hashlib.sha256(f"{seed}\n{key(row)}".encode()).hexdigest(), index) for index, row in enumerate(rows)]
-    return [rows[index] for index in sorted(index for _, index in sorted(rank)[:limit])]
 
 
 @dataclass(frozen=True)

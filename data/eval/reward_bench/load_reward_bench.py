@@ -25,12 +25,10 @@ from codes.common.records import (
     ensure_writable_folder,
     file_sha256,
     iter_rows,
-    read_reward_bench_file,
     write_json,
     write_jsonl,
 )
-from codes.evaluate.formats import FORMATS, REWARD_BENCH, read_benchmark
-from codes.evaluate.reward_bench_table import DATASET_ID, DATASET_SPLIT, SUBSET_BY_NAME, SUBSETS
+from codes.evaluate.benchmarks import BENCHMARKS, REWARD_BENCH, read_benchmark
 
 # What is kept of a row. Whatever else the datasets hold is of no use here.
 FIELDS: dict[str, tuple[str, ...]] = {
@@ -45,8 +43,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
         *("response_A", "response_B", "label"),
     ),
 }
-HUB_SOURCES: dict[str, tuple[str, tuple[str, ...]]] = {REWARD_BENCH: (DATASET_ID, (DATASET_SPLIT,))} | {
-    name: (FORMATS[name].dataset_id, FORMATS[name].splits) for name in FIELDS if name != REWARD_BENCH
+HUB_SOURCES: dict[str, tuple[str, tuple[str, ...]]] = {
+    name: (BENCHMARKS[name].dataset_id, BENCHMARKS[name].splits) for name in FIELDS
 }
 SOURCE_NOT_CHECKED = "as given, not checked"
 
@@ -128,14 +126,10 @@ def check_rows(dataset: str, split: str, path: Path) -> None:
         ContrastRMError: A row breaks its format, a subset is unknown, or one has not the official number of rows.
     """
     dataset_id, _ = HUB_SOURCES[dataset]
-    if dataset == REWARD_BENCH:
-        records, _ = read_reward_bench_file(path, subsets=SUBSET_BY_NAME)
-        counts, official = Counter(record.subset for record in records), {s.name: s.n_rows for s in SUBSETS}
-    else:
-        items, _ = read_benchmark(path, dataset)
-        counts, official = Counter(item.subset for item in items), dict(FORMATS[dataset].subsets)
-        if split in FORMATS[dataset].totals:
-            counts, official = Counter({split: len(items)}), {split: FORMATS[dataset].totals[split]}
+    items, _ = read_benchmark(path, dataset)
+    counts, official = Counter(item.subset for item in items), dict(BENCHMARKS[dataset].subsets)
+    if split in BENCHMARKS[dataset].totals:
+        counts, official = Counter({split: len(items)}), {split: BENCHMARKS[dataset].totals[split]}
     wrong = [f"{name}: {counts[name]}, not {n_rows}" for name, n_rows in official.items() if counts[name] != n_rows]
     if wrong:
         raise ContrastRMError(f"{dataset_id} has other row counts than published: {'; '.join(wrong)}")

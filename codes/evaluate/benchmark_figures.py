@@ -1,17 +1,18 @@
-"""The figures of RewardBench 2, RM-Bench, LLMBar and JudgeBench, as their papers define them.
+"""The figures of RewardBench, RewardBench 2, RM-Bench, LLMBar and JudgeBench, as their papers define them.
 
-Pure functions; no torch, no files. Rates stand beside their counts and a 95 % interval clustered by question;
-a tie is never correct, and is counted; a rate of 0/0 is None; a mean over parts is None where a part has not the
-official number of rows.
+Pure functions; no torch, no files. ``codes.evaluate.benchmarks`` makes the items of published files.
 
     python -m pytest tests/test_formats.py
 
-Every summary has ``format``, ``n_rows``, ``n_excluded`` (a text of the row was dropped), ``n_ties``, ``complete``,
-``headline`` (the name of the benchmark's main figure, a key of the summary), ``subsets`` (``SUBSET`` by name) and
-``missing_subsets``, ``short_subsets``, ``long_subsets``. SUBSET: ``state`` (complete, missing, short, long),
-``n_rows``, ``n_official_rows``, ``n_excluded``, ``n_ties`` and the rate ``accuracy`` with ``_count``, ``_total``,
-``_ci``, ``_wilson_ci``. Beyond that:
+Rates stand beside their counts and a 95 % interval clustered by question; a tie is never correct, and is counted; a rate of 0/0
+is None; a mean over parts is None where a part has not the official number of rows. Every summary has ``n_rows``, ``n_excluded``
+(a text of the row was dropped), ``n_ties``, ``complete`` and ``subsets``: ``state`` (complete, missing, short, long), ``n_rows``,
+``n_official_rows``, ``n_excluded``, ``n_ties`` and the rate ``accuracy`` with ``_count``, ``_total``, ``_ci``, ``_wilson_ci``, by
+name. All but RewardBench's have ``format``, ``headline`` (the name of the main figure), ``missing_subsets``,
+``short_subsets`` and ``long_subsets``. Beyond that:
 
+* ``reward_bench``: ``rewardbench_score`` + ``_ci`` (mean of the four sections), the rate ``weighted_average_accuracy`` (correct /
+  rows that are there), ``sections``.
 * ``reward_bench_2``: ``reward_bench_2_score`` + ``_ci`` (mean of the six subset scores), per subset ``score`` +
   ``score_ci`` (as published: a shared top score earns 1/k), over all rows but Ties the rate ``best_of_n_accuracy`` (a
   tie earns nothing) and ``best_of_n_credit`` + ``_ci``, and ``ties``: the parts of that subset's score.
@@ -27,50 +28,58 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.stats import DegenerateDataWarning, bootstrap
 
+from codes.common.errors import RecordError
 from codes.common.questions import question_key
+from codes.common.records import Message, messages_to_text
 from codes.common.stats import CONFIDENCE
-from codes.evaluate.formats import (
-    FORMATS,
-    LLMBAR_ADVERSARIAL,
-    STYLES,
-    TIES,
-    BenchmarkItem,
-    tie_prompt,
-)
-from codes.evaluate.metrics import Stratum, Verdict, judge_pair, rate_fields, stratified_rate
+from codes.common.verdicts import Verdict, judge_pair
+from codes.evaluate.metrics import Stratum, rate_fields, stratified_rate
 
+TIES = "Ties"
+# Chosen and rejected answers of an RM-Bench row, by style: concise, detailed plain text, detailed Markdown.
+STYLES = ("concise", "detailed_plain", "detailed_markdown")
+# Of the intervals that have no formula.
 N_RESAMPLES = 2000
 SEED = 42
-# Weights of the parts of the Ties score. Source: RewardBench 2, `process_single_model` in
-# https://github.com/allenai/reward-bench/blob/main/rewardbench/utils.py: 60 % accuracy, 40 % margins, and a term that
-# breaks ties between models.
-TIES_WEIGHTS = {
-    "tied_accuracy": 0.30,
-    "ref_accuracy": 0.30,
-    "correctness_preferred": 0.20,
-    "correctness_preferred_hard": 0.20,
-    "correctness_margin": 0.01,
-}
-# Cells of RM-Bench by (chosen style, rejected style). Easy: the better answer has the fancier style.
-LEVELS: dict[str, tuple[tuple[int, int], ...]] = {
-    "easy": tuple((i, j) for i in range(3) for j in range(3) if i > j),
-    "normal": tuple((i, i) for i in range(3)),
-    "hard": tuple((i, j) for i in range(3) for j in range(3) if i < j),
-}
-RM_BENCH_DOMAINS: dict[str, tuple[str, ...]] = {
-    "chat": ("chat",),
-    "math": ("math",),
-    "code": ("code",),
-    # One domain: the rows of both parts together.
-    "safety": ("safety-refuse", "safety-response"),
-}
+
+
+@dataclass(frozen=True)
+class BenchmarkItem:
+    """One row of a benchmark, whatever its format was.
+
+    Attributes:
+        line: Line (or Parquet row) in ``file``.
+        messages: The prompt as chat turns.
+        chosen: Answers that should win: several in the Ties subset of RewardBench 2 and, one a style, in RM-Bench.
+        rejected: Answers that should lose.
+        subset: The part of the benchmark that it belongs to.
+        chosen_first: Whether the file shows the better answer first, where it shows a pair.
+        origin: What the row says of it: the published split, or that it is of the project's own sample.
+    """
+
+    file: str
+    line: int
+    id: str
+    messages: tuple[Message, ...]
+    chosen: tuple[str, ...]
+    rejected: tuple[str, ...]
+    subset: str
+    chosen_first: bool | None = None
+    origin: str = ""
+
+    @property
+    def question(self) -> str:
+        """The prompt as one text."""
+        return messages_to_text(list(self.messages))
 
 
 @dataclass(frozen=True)
@@ -128,36 +137,156 @@ class ItemOutcome:
         return judge_pair(self.chosen_scores[chosen_style], self.rejected_scores[rejected_style])
 
 
-def summarise_benchmark(format_name: str, outcomes: Sequence[ItemOutcome]) -> dict[str, Any]:
-    """The figures of one benchmark (see the module's docstring)."""
-    scored = [outcome for outcome in outcomes if outcome.is_scored]
-    official = FORMATS[format_name].official_rows([outcome.item for outcome in outcomes])
-    subsets = _subsets(outcomes, official)
-    states = {
-        state: [name for name, fields in subsets.items() if fields["state"] == state]
-        for state in ("missing", "short", "long")
-    }
-    unofficial = [name for name in subsets if name not in official]
-    summary: dict[str, Any] = {
-        "format": format_name,
-        "n_rows": len(outcomes),
-        "n_excluded": len(outcomes) - len(scored),
-        "n_ties": sum(fields["n_ties"] for fields in subsets.values()),
-        "complete": not any(states.values()) and not unofficial,
-        **{f"{state}_subsets": names for state, names in states.items()},
-    }
-    return summary | _SUMMARIES[format_name](scored, subsets)
+# --- subsets and their official rows ---
 
 
-def _subsets(outcomes: Sequence[ItemOutcome], official: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    groups: dict[str, list[ItemOutcome]] = {name: [] for name in official}
+@dataclass(frozen=True)
+class Subset:
+    """One subset of RewardBench: its section, its weight in the section's mean, and the rows of the official split."""
+
+    name: str
+    section: str
+    weight: int
+    n_rows: int
+
+
+# Weights and sections of the public benchmark, with the two XSTest counts as they stand in the data and in the published results
+# (250 "should respond", 154 "should refuse"): the constants file had them swapped before 2024-09-10.
+# Source: https://github.com/allenai/reward-bench/blob/main/rewardbench/constants.py
+SUBSETS: tuple[Subset, ...] = (
+    Subset("alpacaeval-easy", "Chat", 100, 100),
+    Subset("alpacaeval-length", "Chat", 95, 95),
+    Subset("alpacaeval-hard", "Chat", 95, 95),
+    Subset("mt-bench-easy", "Chat", 28, 28),
+    Subset("mt-bench-med", "Chat", 40, 40),
+    Subset("mt-bench-hard", "Chat Hard", 37, 37),
+    Subset("llmbar-natural", "Chat Hard", 100, 100),
+    Subset("llmbar-adver-neighbor", "Chat Hard", 134, 134),
+    Subset("llmbar-adver-GPTInst", "Chat Hard", 92, 92),
+    Subset("llmbar-adver-GPTOut", "Chat Hard", 47, 47),
+    Subset("llmbar-adver-manual", "Chat Hard", 46, 46),
+    Subset("refusals-dangerous", "Safety", 100, 100),
+    Subset("refusals-offensive", "Safety", 100, 100),
+    Subset("xstest-should-refuse", "Safety", 154, 154),
+    Subset("xstest-should-respond", "Safety", 250, 250),
+    Subset("donotanswer", "Safety", 136, 136),
+    # 447 rows, weighted as 984 = 6 x 164, so that mathematics counts as much as the six programming languages
+    # together.
+    Subset("math-prm", "Reasoning", 984, 447),
+    Subset("hep-cpp", "Reasoning", 164, 164),
+    Subset("hep-go", "Reasoning", 164, 164),
+    Subset("hep-java", "Reasoning", 164, 164),
+    Subset("hep-js", "Reasoning", 164, 164),
+    Subset("hep-python", "Reasoning", 164, 164),
+    Subset("hep-rust", "Reasoning", 164, 164),
+)
+
+SUBSET_BY_NAME: dict[str, Subset] = {subset.name: subset for subset in SUBSETS}
+REWARD_BENCH_SUBSETS: dict[str, int] = {subset.name: subset.n_rows for subset in SUBSETS}
+SECTIONS: tuple[str, ...] = tuple(dict.fromkeys(subset.section for subset in SUBSETS))
+# Rows by subset; 1,865 in all. Source: the dataset card and arXiv 2506.01937.
+REWARD_BENCH_2_SUBSETS: dict[str, int] = {
+    "Factuality": 475,
+    "Precise IF": 160,
+    "Math": 183,
+    "Safety": 450,
+    "Focus": 495,
+    TIES: 102,
+}
+# Rows by domain as the files name it; 1,327 in all. Source: the dataset on the hub and arXiv 2410.16184.
+RM_BENCH_SUBSETS: dict[str, int] = {
+    "chat": 129,
+    "code": 228,
+    "math": 529,
+    "safety-refuse": 284,
+    "safety-response": 157,
+}
+# 419 rows; the last four are the adversarial set. Source: arXiv 2310.07641.
+LLMBAR_SUBSETS: dict[str, int] = {"Natural": 100, "Neighbor": 134, "GPTInst": 92, "GPTOut": 47, "Manual": 46}
+LLMBAR_ADVERSARIAL = ("Neighbor", "GPTInst", "GPTOut", "Manual")
+JUDGEBENCH_SOURCES: dict[str, str] = {
+    "mmlu-pro": "Knowledge",
+    "livebench-reasoning": "Reasoning",
+    "livebench-math": "Math",
+    "livecodebench": "Coding",
+}
+# The 350 pairs of GPT-4o answers, the set of the paper's main table. Source: arXiv 2410.12784.
+JUDGEBENCH_SUBSETS: dict[str, int] = {"Knowledge": 154, "Reasoning": 98, "Math": 56, "Coding": 42}
+# Pairs of Claude-3.5-Sonnet answers. Source: https://huggingface.co/datasets/ScalerLab/JudgeBench (dataset card).
+JUDGEBENCH_CLAUDE_ROWS = 270
+# Weights of the parts of the Ties score. Source: RewardBench 2, `process_single_model` in
+# https://github.com/allenai/reward-bench/blob/main/rewardbench/utils.py: 60 % accuracy, 40 % margins, and a term that
+# breaks ties between models.
+TIES_WEIGHTS = {
+    "tied_accuracy": 0.30,
+    "ref_accuracy": 0.30,
+    "correctness_preferred": 0.20,
+    "correctness_preferred_hard": 0.20,
+    "correctness_margin": 0.01,
+}
+# Cells of RM-Bench by (chosen style, rejected style). Easy: the better answer has the fancier style.
+LEVELS: dict[str, tuple[tuple[int, int], ...]] = {
+    "easy": tuple((i, j) for i in range(3) for j in range(3) if i > j),
+    "normal": tuple((i, i) for i in range(3)),
+    "hard": tuple((i, j) for i in range(3) for j in range(3) if i < j),
+}
+RM_BENCH_DOMAINS: dict[str, tuple[str, ...]] = {
+    "chat": ("chat",),
+    "math": ("math",),
+    "code": ("code",),
+    # One domain: the rows of both parts together.
+    "safety": ("safety-refuse", "safety-response"),
+}
+
+
+def subsets_of(section: str) -> tuple[Subset, ...]:
+    """The subsets of one section of RewardBench, in the table's order."""
+    return tuple(subset for subset in SUBSETS if subset.section == section)
+
+
+def tie_prompt(path: str | Path, line: int, name: str, n_chosen: int) -> tuple[str, int]:
+    """Kind and number in the id of a row of the Ties subset, ``ref:7`` or ``tied:7``.
+
+    A reference prompt has one correct answer, the tied prompt of the same number several.
+
+    Raises:
+        RecordError: The id has another form, or another number of correct answers than its kind.
+    """
+    kind, _, number = name.partition(":")
+    if kind not in ("ref", "tied") or not (number.isascii() and number.isdigit()):
+        raise RecordError(path, line, "id", name, f"ref:NUMBER or tied:NUMBER in subset {TIES}")
+    if (n_chosen > 1) != (kind == "tied"):
+        allowed = "one answer for a ref prompt, several for a tied one"
+        raise RecordError(path, line, "chosen", f"{n_chosen} answers, id {name}", allowed)
+    return kind, int(number)
+
+
+# --- figures ---
+
+
+def _summary(name: str, outcomes: Sequence[ItemOutcome], official: Mapping[str, int]) -> dict[str, Any]:
+    """What the summaries of all benchmarks but RewardBench have in common."""
+    groups: dict[str, list[ItemOutcome]] = {subset: [] for subset in official}
     for outcome in outcomes:
         groups.setdefault(outcome.item.subset, []).append(outcome)
-    return {name: _subset(rows, official.get(name)) for name, rows in groups.items()}
+    subsets = {subset: _subset_fields(rows, official.get(subset)) for subset, rows in groups.items()}
+    states = {
+        state: [subset for subset, fields in subsets.items() if fields["state"] == state]
+        for state in ("missing", "short", "long")
+    }
+    return {
+        "format": name,
+        "n_rows": len(outcomes),
+        "n_excluded": sum(not outcome.is_scored for outcome in outcomes),
+        "n_ties": sum(fields["n_ties"] for fields in subsets.values()),
+        "complete": not any(states.values()) and all(subset in official for subset in subsets),
+        **{f"{state}_subsets": names for state, names in states.items()},
+        "subsets": subsets,
+    }
 
 
-def _subset(rows: Sequence[ItemOutcome], n_official: int | None) -> dict[str, Any]:
-    scored = [row for row in rows if row.is_scored]
+def _subset_fields(rows: Sequence[ItemOutcome], n_official: int | None) -> dict[str, Any]:
+    scored = _scored(rows)
     return {
         "state": _state(len(rows), len(scored), n_official),
         "n_rows": len(rows),
@@ -184,7 +313,76 @@ def accuracy_fields(name: str, scored: Sequence[ItemOutcome]) -> dict[str, Any]:
     return rate_fields(name, correct, [True] * len(scored), [row.cluster for row in scored])
 
 
-# --- RewardBench 2 ---
+def _scored(outcomes: Sequence[ItemOutcome]) -> list[ItemOutcome]:
+    return [outcome for outcome in outcomes if outcome.is_scored]
+
+
+def _stratum(weight: float, rows: Sequence[ItemOutcome]) -> Stratum:
+    scored = _scored(rows)
+    correct = [row.verdict == "correct" for row in scored]
+    return Stratum(weight, correct, [True] * len(scored), [row.cluster for row in scored])
+
+
+def summarise_reward_bench(outcomes: Sequence[ItemOutcome]) -> dict[str, Any]:
+    """RewardBench accuracy per subset, per section and as a whole.
+
+    A section is ``partial`` unless every one of its subsets has exactly the official number of scored rows; its accuracy is then
+    the mean over the subsets that are there. ``rewardbench_score`` is None as soon as one section is partial.
+
+    Source: ``calculate_scores_per_section`` in https://github.com/allenai/reward-bench/blob/main/rewardbench/utils.py.
+    """
+    groups: dict[str, list[ItemOutcome]] = {subset.name: [] for subset in SUBSETS}
+    for outcome in outcomes:
+        groups[outcome.item.subset].append(outcome)
+    subsets = {
+        subset.name: {"section": subset.section, "weight": subset.weight}
+        | _subset_fields(groups[subset.name], subset.n_rows)
+        for subset in SUBSETS
+    }
+    strata = {subset.name: _stratum(subset.weight, groups[subset.name]) for subset in SUBSETS}
+    sections = {section: _section_fields(section, subsets, strata) for section in SECTIONS}
+    complete = not any(fields["partial"] for fields in sections.values())
+    score, interval = mean_of_sections(strata) if complete else (None, None)
+    scored = _scored(outcomes)
+    return {
+        "n_rows": len(outcomes),
+        "n_excluded": len(outcomes) - len(scored),
+        "n_ties": sum(row.verdict == "tie" for row in scored),
+        "rewardbench_score": score,
+        "rewardbench_score_ci": interval,
+        **accuracy_fields("weighted_average_accuracy", scored),
+        "complete": complete,
+        "sections": sections,
+        "subsets": subsets,
+    }
+
+
+def _section_fields(
+    section: str, subsets: Mapping[str, Mapping[str, Any]], strata: Mapping[str, Stratum]
+) -> dict[str, Any]:
+    names = [subset.name for subset in subsets_of(section)]
+    accuracy, interval = stratified_rate([strata[name] for name in names if strata[name].denominators])
+    states = {
+        state: [name for name in names if subsets[name]["state"] == state] for state in ("missing", "short", "long")
+    }
+    return {
+        "accuracy": accuracy,
+        "accuracy_ci": interval,
+        "n_rows": sum(subsets[name]["n_rows"] for name in names),
+        "n_scored": sum(subsets[name]["accuracy_total"] for name in names),
+        "n_subsets": len(names),
+        "partial": any(states.values()),
+        **{f"{state}_subsets": named for state, named in states.items()},
+    }
+
+
+def mean_of_sections(strata: Mapping[str, Stratum]) -> tuple[float | None, list[float] | None]:
+    """The mean of RewardBench's sections and its interval. Within a section subsets count by their official weights."""
+    totals = Counter[str]()
+    for subset in SUBSETS:
+        totals[subset.section] += subset.weight
+    weighted = [replace(strata[subset.name], weight=subset.weight / totals[subset.section]) for subset in SUBSETS]
+    return stratified_rate(weighted)
 
 
 @dataclass(frozen=True)
@@ -236,12 +434,13 @@ class WeightedMeans:
         return np.asarray(drawn.bootstrap_distribution)
 
 
-def _reward_bench_2(scored: Sequence[ItemOutcome], subsets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def summarise_reward_bench_2(outcomes: Sequence[ItemOutcome]) -> dict[str, Any]:
     """Best of n by subset, the Ties subset by its own score, and the mean of the six.
 
     Source: arXiv 2506.01937; https://github.com/allenai/reward-bench (``scripts/run_v2.py``).
     """
-    resampled: list[np.ndarray | None] = []
+    summary, scored = _summary("reward_bench_2", outcomes, REWARD_BENCH_2_SUBSETS), _scored(outcomes)
+    subsets, resampled = summary["subsets"], list[np.ndarray | None]()
     for name, fields in subsets.items():
         rows = [row for row in scored if row.item.subset == name]
         parts = ties_parts(rows) if name == TIES else _credit(rows)
@@ -252,14 +451,13 @@ def _reward_bench_2(scored: Sequence[ItemOutcome], subsets: dict[str, dict[str, 
     is_whole = len(scores) == len(subsets) and None not in scores
     singles = [row for row in scored if row.item.subset != TIES]
     ties = [row for row in scored if row.item.subset == TIES]
-    return {
+    return summary | {
         "headline": "reward_bench_2_score",
         "reward_bench_2_score": sum(scores) / len(scores) if is_whole else None,
         "reward_bench_2_score_ci": _percentiles(_mean_of(resampled)) if is_whole else None,
         **accuracy_fields("best_of_n_accuracy", singles),
         "best_of_n_credit": _credit(singles).score(),
         "best_of_n_credit_ci": _percentiles(_credit(singles).resampled()),
-        "subsets": subsets,
         "ties": _ties_fields(ties),
     }
 
@@ -349,16 +547,20 @@ def _percentiles(distribution: np.ndarray | None) -> list[float] | None:
 # --- RM-Bench ---
 
 
-def _rm_bench(scored: Sequence[ItemOutcome], subsets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def summarise_rm_bench(outcomes: Sequence[ItemOutcome]) -> dict[str, Any]:
     """Easy, normal and hard accuracy by domain and as means over the domains.
 
     Source: arXiv 2410.16184; ``compute_accuracy`` in https://github.com/THU-KEG/RM-Bench (README). A row of the
     subset table counts as correct only where all nine comparisons are.
     """
+    summary, scored = (
+        _summary("rm_bench", outcomes, RM_BENCH_SUBSETS) | {"headline": "rm_bench_score"},
+        _scored(outcomes),
+    )
+    subsets = summary["subsets"]
     domains = {name: [row for row in scored if row.item.subset in parts] for name, parts in RM_BENCH_DOMAINS.items()}
     whole = all(fields["state"] == "complete" for fields in subsets.values())
     levels = {level: [_level_stratum(rows, level) for rows in domains.values()] for level in LEVELS}
-    summary: dict[str, Any] = {"headline": "rm_bench_score"}
     summary |= _mean_fields("rm_bench_score", [stratum for strata in levels.values() for stratum in strata], whole)
     for level, strata in levels.items():
         summary |= _mean_fields(f"{level}_accuracy", strata, whole)
@@ -370,7 +572,7 @@ def _rm_bench(scored: Sequence[ItemOutcome], subsets: dict[str, dict[str, Any]])
         for i in range(len(STYLES))
         for j in range(len(STYLES))
     ]
-    return summary | {"subsets": subsets}
+    return summary
 
 
 def _level_stratum(rows: Sequence[ItemOutcome], level: str) -> Stratum:
@@ -404,35 +606,34 @@ def _cell_fields(scored: Sequence[ItemOutcome], chosen_style: int, rejected_styl
 # --- LLMBar, JudgeBench ---
 
 
-def _llmbar(scored: Sequence[ItemOutcome], subsets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def summarise_llmbar(outcomes: Sequence[ItemOutcome]) -> dict[str, Any]:
     """Accuracy over all rows, on the natural set, and as the mean of the four adversarial sets.
 
     Source: arXiv 2310.07641, table 3.
     """
-    strata = [
-        Stratum(1.0, [row.verdict == "correct" for row in rows], [True] * len(rows), [r.cluster for r in rows])
-        for name in LLMBAR_ADVERSARIAL
-        for rows in ([row for row in scored if row.item.subset == name],)
-    ]
+    summary, scored = _summary("llmbar", outcomes, LLMBAR_SUBSETS), _scored(outcomes)
+    by_subset = {name: [row for row in scored if row.item.subset == name] for name in LLMBAR_SUBSETS}
+    whole = all(summary["subsets"][name]["state"] == "complete" for name in LLMBAR_ADVERSARIAL)
+    strata = [_stratum(1.0, by_subset[name]) for name in LLMBAR_ADVERSARIAL]
     return {
+        **summary,
         "headline": "accuracy",
         **accuracy_fields("accuracy", scored),
-        **accuracy_fields("natural_accuracy", [row for row in scored if row.item.subset == "Natural"]),
-        **_mean_fields(
-            "adversarial_accuracy", strata, all(subsets[n]["state"] == "complete" for n in LLMBAR_ADVERSARIAL)
-        ),
-        "subsets": subsets,
+        **accuracy_fields("natural_accuracy", by_subset["Natural"]),
+        **_mean_fields("adversarial_accuracy", strata, whole),
     }
 
 
-def _judgebench(scored: Sequence[ItemOutcome], subsets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _judgebench_rows(outcomes: Sequence[ItemOutcome]) -> dict[str, int]:
+    """Official rows by category; of the Claude split only the total is published: as many pairs are all of them."""
+    origins = {outcome.item.origin for outcome in outcomes}
+    if origins == {"claude"} and len(outcomes) == JUDGEBENCH_CLAUDE_ROWS:
+        counts = Counter(outcome.item.subset for outcome in outcomes)
+        return {name: counts[name] for name in JUDGEBENCH_SUBSETS}
+    return JUDGEBENCH_SUBSETS
+
+
+def summarise_judgebench(outcomes: Sequence[ItemOutcome]) -> dict[str, Any]:
     """Accuracy over all pairs and by category. Source: arXiv 2410.12784, for judges without an order of answers."""
-    return {"headline": "accuracy", **accuracy_fields("accuracy", scored), "subsets": subsets}
-
-
-_SUMMARIES: dict[str, Callable[[Sequence[ItemOutcome], dict[str, dict[str, Any]]], dict[str, Any]]] = {
-    "reward_bench_2": _reward_bench_2,
-    "rm_bench": _rm_bench,
-    "llmbar": _llmbar,
-    "judgebench": _judgebench,
-}
+    summary = _summary("judgebench", outcomes, _judgebench_rows(outcomes)) | {"headline": "accuracy"}
+    return summary | accuracy_fields("accuracy", _scored(outcomes))

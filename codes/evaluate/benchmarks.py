@@ -1,15 +1,16 @@
-"""Published preference benchmarks besides RewardBench: their files become one kind of item.
+"""Published preference benchmarks: their rows, their subsets, and their figures as their papers define them.
 
-Reads files in the published formats (JSONL, a ``.json`` array, ``.parquet``; for LLMBar also a folder of
-``dataset.json`` files). Writes nothing. An item is a prompt with answers that should win and answers that
-should lose; what the figures of a benchmark are, ``codes.evaluate.format_metrics`` says.
+Reads files in the published formats (JSONL, a ``.json`` array, ``.parquet``; for LLMBar also a folder of ``dataset.json`` files,
+for RM-Bench one of its domains' files). Writes nothing. A benchmark is one entry of ``BENCHMARKS``: how a row becomes an item,
+how many rows each subset has, and which figures are made of the outcomes. An item is a prompt with answers that should win and
+answers that should lose.
 
-    python -c "from codes.evaluate.formats import FORMATS; print(*FORMATS)"
+    python -c "from codes.evaluate.benchmarks import BENCHMARKS; print(*BENCHMARKS)"
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -17,72 +18,66 @@ from pathlib import Path
 from typing import Any
 
 from codes.common.errors import ContrastRMError, RecordError
+from codes.common.questions import choose_subset
 from codes.common.records import (
     Message,
     ReadReport,
+    file_sha256,
     id_field,
     iter_rows,
-    messages_to_text,
     prompt_field,
     question_field,
     read_rows,
     text_field,
 )
+from codes.evaluate.benchmark_figures import (
+    JUDGEBENCH_CLAUDE_ROWS,
+    JUDGEBENCH_SOURCES,
+    JUDGEBENCH_SUBSETS,
+    LLMBAR_SUBSETS,
+    REWARD_BENCH_2_SUBSETS,
+    REWARD_BENCH_SUBSETS,
+    RM_BENCH_SUBSETS,
+    SECTIONS,
+    STYLES,
+    SUBSET_BY_NAME,
+    TIES,
+    BenchmarkItem,
+    ItemOutcome,
+    summarise_judgebench,
+    summarise_llmbar,
+    summarise_reward_bench,
+    summarise_reward_bench_2,
+    summarise_rm_bench,
+    tie_prompt,
+)
 
 REWARD_BENCH = "reward_bench"
-TIES = "Ties"
+# What the rows of the project's own sample name as the model that wrote them, and what their origin is called.
+OWN_SAMPLE_MODEL, OWN_SAMPLE = "written-for-contrastrm", "own sample"
 # Rows that are looked at to find out a file's format: bad ones may stand first.
 N_SNIFFED = 100
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
-# Chosen and rejected answers of an RM-Bench row, by style: concise, detailed plain text, detailed Markdown.
-STYLES = ("concise", "detailed_plain", "detailed_markdown")
-
-
-@dataclass(frozen=True)
-class BenchmarkItem:
-    """One row of a benchmark, whatever its format was.
-
-    Attributes:
-        line: Line (or Parquet row) in ``file``.
-        messages: The prompt as chat turns.
-        chosen: Answers that should win: several in the Ties subset of RewardBench 2 and, one a style, in RM-Bench.
-        rejected: Answers that should lose.
-        subset: The part of the benchmark that it belongs to.
-        chosen_first: Whether the file shows the better answer first, where it shows a pair.
-        split: The published split, where the row says which.
-    """
-
-    file: str
-    line: int
-    id: str
-    messages: tuple[Message, ...]
-    chosen: tuple[str, ...]
-    rejected: tuple[str, ...]
-    subset: str
-    chosen_first: bool | None = None
-    split: str = ""
-
-    @property
-    def question(self) -> str:
-        """The prompt as one text."""
-        return messages_to_text(list(self.messages))
 
 
 ParseItem = Callable[[Path, int, dict[str, Any]], BenchmarkItem]
+Summarise = Callable[[Sequence[ItemOutcome]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class BenchmarkFormat:
-    """A published format.
+class Benchmark:
+    """A published benchmark.
 
     Attributes:
         title: What its figures are called where the data are the official ones.
         dataset_id: Where the data are published.
         splits: Of that dataset; the first one has the official rows.
         subsets: Official rows by subset, in the published order.
-        totals: Official rows of further splits, of which only the total is published.
         parse: Makes an item of (file, line, row); raises ``RecordError``.
         matches: Whether a row with these keys and values is of this format.
+        summarise: The figures of outcomes (the module's docstring names them).
+        figures: The figures that are shown, in this order: rates with counts, and means over parts.
+        totals: Official rows of further splits, of which only the total is published.
     """
 
     name: str
@@ -92,21 +87,12 @@ class BenchmarkFormat:
     subsets: Mapping[str, int]
     parse: ParseItem
     matches: Callable[[Path, dict[str, Any]], bool]
+    summarise: Summarise
+    figures: tuple[str, ...] = ()
     totals: Mapping[str, int] = field(default_factory=dict)
 
-    def official_rows(self, items: Sequence[BenchmarkItem]) -> dict[str, int]:
-        """Official rows by subset of the split that the items are of.
 
-        Where only the total of the split is published, and the items are as many, each subset has as many as it should.
-        """
-        splits = {item.split for item in items}
-        if len(splits) == 1 and len(items) == self.totals.get(next(iter(splits))):
-            counts = Counter(item.subset for item in items)
-            return {name: counts[name] for name in self.subsets}
-        return dict(self.subsets)
-
-
-# --- single rows ---
+# --- rows ---
 
 
 def _prompt(path: Path, line: int, row: dict[str, Any]) -> tuple[Message, ...]:
@@ -133,6 +119,24 @@ def _count_agrees(path: Path, line: int, row: dict[str, Any], key: str, n_found:
         raise RecordError(path, line, key, value, f"{n_found}, the number of answers in the row")
 
 
+def _parse_reward_bench(path: Path, line: int, row: dict[str, Any]) -> BenchmarkItem:
+    """A row of RewardBench: ``id, prompt, chosen, rejected, subset``, with ``chosen_model`` where it is known.
+
+    Source: https://huggingface.co/datasets/allenai/reward-bench (dataset card).
+    """
+    subset = text_field(path, line, row, "subset")
+    return BenchmarkItem(
+        file=str(path),
+        line=line,
+        subset=_known_subset(path, line, "subset", subset, REWARD_BENCH_SUBSETS),
+        messages=_prompt(path, line, row),
+        id=id_field(path, line, row, "id"),
+        chosen=(text_field(path, line, row, "chosen", allow_empty=True),),
+        rejected=(text_field(path, line, row, "rejected", allow_empty=True),),
+        origin=OWN_SAMPLE if row.get("chosen_model") == OWN_SAMPLE_MODEL else "",
+    )
+
+
 def _parse_reward_bench_2(path: Path, line: int, row: dict[str, Any]) -> BenchmarkItem:
     """A row of RewardBench 2: ``id, prompt, chosen: [...], rejected: [...], num_correct, num_incorrect, subset``.
 
@@ -149,23 +153,6 @@ def _parse_reward_bench_2(path: Path, line: int, row: dict[str, Any]) -> Benchma
     elif len(chosen) != 1:
         raise RecordError(path, line, "chosen", f"{len(chosen)} answers", f"one answer (more only in subset {TIES})")
     return BenchmarkItem(str(path), line, name, _prompt(path, line, row), chosen, rejected, subset)
-
-
-def tie_prompt(path: str | Path, line: int, name: str, n_chosen: int) -> tuple[str, int]:
-    """Kind and number in the id of a row of the Ties subset, ``ref:7`` or ``tied:7``.
-
-    A reference prompt has one correct answer, the tied prompt of the same number several.
-
-    Raises:
-        RecordError: The id has another form, or another number of correct answers than its kind.
-    """
-    kind, _, number = name.partition(":")
-    if kind not in ("ref", "tied") or not (number.isascii() and number.isdigit()):
-        raise RecordError(path, line, "id", name, f"ref:NUMBER or tied:NUMBER in subset {TIES}")
-    if (n_chosen > 1) != (kind == "tied"):
-        allowed = "one answer for a ref prompt, several for a tied one"
-        raise RecordError(path, line, "chosen", f"{n_chosen} answers, id {name}", allowed)
-    return kind, int(number)
 
 
 def _parse_rm_bench(path: Path, line: int, row: dict[str, Any]) -> BenchmarkItem:
@@ -238,7 +225,7 @@ def _parse_judgebench(path: Path, line: int, row: dict[str, Any]) -> BenchmarkIt
         rejected=(answers[1 - better],),
         subset=category,
         chosen_first=better == 0,
-        split="claude" if str(row.get("response_model", "")).startswith("claude") else "gpt",
+        origin="claude" if str(row.get("response_model", "")).startswith("claude") else "gpt",
     )
 
 
@@ -248,40 +235,6 @@ def _known_subset(path: Path, line: int, key: str, name: str, known: Mapping[str
     if found is None:
         raise ContrastRMError(f"{path}:{line}: field {key!r}: unknown subset {name!r}; known: {', '.join(known)}")
     return found
-
-
-# --- the formats ---
-
-# Rows by subset; 1,865 in all. Source: the dataset card and arXiv 2506.01937.
-REWARD_BENCH_2_SUBSETS: dict[str, int] = {
-    "Factuality": 475,
-    "Precise IF": 160,
-    "Math": 183,
-    "Safety": 450,
-    "Focus": 495,
-    TIES: 102,
-}
-# Rows by domain as the files name it; 1,327 in all. Source: the dataset on the hub and arXiv 2410.16184.
-RM_BENCH_SUBSETS: dict[str, int] = {
-    "chat": 129,
-    "code": 228,
-    "math": 529,
-    "safety-refuse": 284,
-    "safety-response": 157,
-}
-# 419 rows; the last four are the adversarial set. Source: arXiv 2310.07641.
-LLMBAR_SUBSETS: dict[str, int] = {"Natural": 100, "Neighbor": 134, "GPTInst": 92, "GPTOut": 47, "Manual": 46}
-LLMBAR_ADVERSARIAL = ("Neighbor", "GPTInst", "GPTOut", "Manual")
-JUDGEBENCH_SOURCES: dict[str, str] = {
-    "mmlu-pro": "Knowledge",
-    "livebench-reasoning": "Reasoning",
-    "livebench-math": "Math",
-    "livecodebench": "Coding",
-}
-# The 350 pairs of GPT-4o answers, the set of the paper's main table. Source: arXiv 2410.12784.
-JUDGEBENCH_SUBSETS: dict[str, int] = {"Knowledge": 154, "Reasoning": 98, "Math": 56, "Coding": 42}
-# Pairs of Claude-3.5-Sonnet answers. Source: https://huggingface.co/datasets/ScalerLab/JudgeBench (dataset card).
-JUDGEBENCH_TOTALS: dict[str, int] = {"claude": 270}
 
 
 def _is_list(row: dict[str, Any], *keys: str) -> bool:
@@ -313,57 +266,94 @@ def _is_reward_bench(path: Path, row: dict[str, Any]) -> bool:
     return "subset" in row and isinstance(row.get("chosen"), str) and isinstance(row.get("rejected"), str)
 
 
-FORMATS: dict[str, BenchmarkFormat] = {
-    some.name: some
-    for some in (
-        BenchmarkFormat(
-            "reward_bench_2",
-            "RewardBench 2",
-            "allenai/reward-bench-2",
-            ("test",),
-            REWARD_BENCH_2_SUBSETS,
-            _parse_reward_bench_2,
-            _is_reward_bench_2,
+# --- the benchmarks ---
+
+BENCHMARKS: dict[str, Benchmark] = {
+    one.name: one
+    for one in (
+        Benchmark(
+            name=REWARD_BENCH,
+            title="RewardBench",
+            dataset_id="allenai/reward-bench",
+            splits=("filtered",),
+            subsets=REWARD_BENCH_SUBSETS,
+            parse=_parse_reward_bench,
+            matches=_is_reward_bench,
+            summarise=summarise_reward_bench,
         ),
-        BenchmarkFormat(
-            "rm_bench", "RM-Bench", "THU-KEG/RM-Bench", ("train",), RM_BENCH_SUBSETS, _parse_rm_bench, _is_rm_bench
+        Benchmark(
+            name="reward_bench_2",
+            title="RewardBench 2",
+            dataset_id="allenai/reward-bench-2",
+            splits=("test",),
+            subsets=REWARD_BENCH_2_SUBSETS,
+            parse=_parse_reward_bench_2,
+            matches=_is_reward_bench_2,
+            summarise=summarise_reward_bench_2,
+            figures=("reward_bench_2_score", "best_of_n_accuracy", "best_of_n_credit"),
         ),
-        BenchmarkFormat("llmbar", "LLMBar", "princeton-nlp/LLMBar", (), LLMBAR_SUBSETS, _parse_llmbar, _is_llmbar),
-        BenchmarkFormat(
-            "judgebench",
-            "JudgeBench",
-            "ScalerLab/JudgeBench",
-            ("gpt", "claude"),
-            JUDGEBENCH_SUBSETS,
-            _parse_judgebench,
-            _is_judgebench,
-            JUDGEBENCH_TOTALS,
+        Benchmark(
+            name="rm_bench",
+            title="RM-Bench",
+            dataset_id="THU-KEG/RM-Bench",
+            splits=("train",),
+            subsets=RM_BENCH_SUBSETS,
+            parse=_parse_rm_bench,
+            matches=_is_rm_bench,
+            summarise=summarise_rm_bench,
+            figures=(
+                *("rm_bench_score", "easy_accuracy", "normal_accuracy", "hard_accuracy"),
+                *("pooled_easy_accuracy", "pooled_normal_accuracy", "pooled_hard_accuracy"),
+            ),
+        ),
+        Benchmark(
+            name="llmbar",
+            title="LLMBar",
+            dataset_id="princeton-nlp/LLMBar",
+            splits=(),
+            subsets=LLMBAR_SUBSETS,
+            parse=_parse_llmbar,
+            matches=_is_llmbar,
+            summarise=summarise_llmbar,
+            figures=("accuracy", "natural_accuracy", "adversarial_accuracy"),
+        ),
+        Benchmark(
+            name="judgebench",
+            title="JudgeBench",
+            dataset_id="ScalerLab/JudgeBench",
+            splits=("gpt", "claude"),
+            subsets=JUDGEBENCH_SUBSETS,
+            parse=_parse_judgebench,
+            matches=_is_judgebench,
+            summarise=summarise_judgebench,
+            figures=("accuracy",),
+            totals={"claude": JUDGEBENCH_CLAUDE_ROWS},
         ),
     )
 }
-FORMAT_NAMES: tuple[str, ...] = (REWARD_BENCH, *FORMATS)
+
+
+# --- files ---
 
 
 def detect_format(data_file: str | Path) -> str:
-    """The format of a file, by the keys of its first rows.
+    """The benchmark that a file's rows belong to, by the keys of the first ones.
 
     Raises:
-        ContrastRMError: Missing file, or none of the formats fits.
+        ContrastRMError: Missing file, or none of the benchmarks fits.
     """
     first_keys: list[str] = []
     for path in benchmark_files(data_file):
         for _, row in islice(iter_rows(path), N_SNIFFED):
             if isinstance(row, RecordError):
                 continue
-            matching = [name for name, some in FORMATS.items() if some.matches(path, row)]
+            matching = [name for name, one in BENCHMARKS.items() if one.matches(path, row)]
             if matching:
-                return matching[0]
-            if _is_reward_bench(path, row):
-                return REWARD_BENCH
+                return matching[-1]  # RewardBench's keys, the plainest, come first
             first_keys = first_keys or [str(key)[:30] for key in islice(row, 12)]
-    found = f"the first row has {', '.join(first_keys)}" if first_keys else "no row is a JSON object"
+    keys = f"the first row has {', '.join(first_keys)}" if first_keys else "no row is a JSON object"
     raise ContrastRMError(
-        f"cannot tell the format of {data_file}: {found}; name it with --format ({', '.join(FORMAT_NAMES)})"
+        f"cannot tell the format of {data_file}: {keys}; name it with --format ({', '.join(BENCHMARKS)})"
     )
 
 
@@ -393,41 +383,94 @@ def benchmark_files(data_file: str | Path) -> list[Path]:
 
 
 def read_benchmark(
-    data_file: str | Path, format_name: str, *, max_bad_rows: int = 0
+    data_file: str | Path,
+    name: str,
+    *,
+    category: str = "all",
+    limit: int = 0,
+    seed: int = 42,
+    max_bad_rows: int = 0,
 ) -> tuple[list[BenchmarkItem], list[ReadReport]]:
-    """Read a benchmark of one of ``FORMATS``.
+    """Read a benchmark's rows.
+
+    Args:
+        name: One of ``BENCHMARKS``.
+        category: A subset, a section of RewardBench, or ``all``.
+        limit: At most so many rows of a subset, by a hash of seed and question; 0: all.
 
     Returns:
         The items in the order of files and rows, and what was read of each file.
 
     Raises:
-        ContrastRMError: Missing file, unknown subset, more bad rows than allowed in a file, or no good row.
+        ContrastRMError: Missing file, unknown subset or category, more bad rows than allowed in a file, or no row left.
     """
-    some = FORMATS[format_name]
-    seen: dict[tuple[str, str], str] = {}
-
-    def parse(path: Path, line: int, row: dict[str, Any]) -> BenchmarkItem:
-        item = some.parse(path, line, row)
-        # Only where the name carries meaning: it ties a prompt to its reference, or a pair to its published verdicts.
-        if (item.subset == TIES or format_name == "judgebench") and "line-" not in item.id:
-            key = (item.subset if item.subset == TIES else "", item.id)
-            if key in seen:
-                raise RecordError(path, line, "id", item.id, f"an id of its own ({seen[key]} has the same)")
-            seen[key] = f"{path}:{line}"
-        return item
-
+    if name == REWARD_BENCH and category not in ("all", *SECTIONS):
+        raise ContrastRMError(f"unknown category {category!r}; known: all, {', '.join(SECTIONS)}")
     items: list[BenchmarkItem] = []
     reports: list[ReadReport] = []
+    first_place: dict[tuple[str, str], str] = {}
+
+    def parse(path: Path, line: int, row: dict[str, Any]) -> BenchmarkItem:
+        item = BENCHMARKS[name].parse(path, line, row)
+        # Only where the id carries meaning: it ties a prompt to its reference, or a pair to its published verdicts.
+        if (item.subset == TIES or name == "judgebench") and "line-" not in item.id:
+            place = first_place.setdefault((item.subset if item.subset == TIES else "", item.id), f"{path}:{line}")
+            if place != f"{path}:{line}":
+                raise RecordError(path, line, "id", item.id, f"an id of its own ({place} has the same)")
+        return item
+
     for path in benchmark_files(data_file):
-        found, report = read_rows(path, parse, max_bad_rows)
-        items += found
+        rows, report = read_rows(path, parse, max_bad_rows)
+        items += rows
         reports.append(report)
-    return items, reports
-
-
-def items_by_subset(items: Sequence[BenchmarkItem]) -> dict[str, list[BenchmarkItem]]:
-    """Items by subset, subsets in the order of their first item."""
-    groups: dict[str, list[BenchmarkItem]] = {}
+    by_subset: dict[str, list[BenchmarkItem]] = {}
     for item in items:
-        groups.setdefault(item.subset, []).append(item)
-    return groups
+        section = SUBSET_BY_NAME[item.subset].section if name == REWARD_BENCH else item.subset
+        if category in ("all", section):
+            by_subset.setdefault(item.subset, []).append(item)
+    if not by_subset:
+        present = ", ".join(dict.fromkeys(item.subset for item in items))
+        raise ContrastRMError(f"{data_file} has no row of category {category!r}; it has {present}")
+    kept = {
+        id(item) for rows in by_subset.values() for item in choose_subset(rows, limit, seed, lambda item: item.question)
+    }
+    return [item for item in items if id(item) in kept], reports
+
+
+def describe_source(data_file: str | Path, items: Sequence[BenchmarkItem]) -> dict[str, Any]:
+    """Where the rows come from: what the loader noted beside the file, if it is about this very file.
+
+    ``revision_is`` stands in it only where nobody checked that the rows are of that revision; a folder has no note.
+
+    Returns:
+        ``{"dataset": …, "revision": …}`` of the official set, ``{"dataset": "own sample"}`` or ``{"dataset":
+        None}``.
+
+    Raises:
+        ContrastRMError: The note cannot be read.
+    """
+    if all(item.origin == OWN_SAMPLE for item in items):
+        return {"dataset": OWN_SAMPLE, "revision": None}
+    note = Path(f"{data_file}.source.json")
+    if Path(data_file).is_file() and note.is_file():
+        try:
+            noted = json.loads(note.read_text(encoding="utf-8"))
+            if noted["sha256"] == file_sha256(data_file):
+                unchecked = {"revision_is": noted["revision_is"]} if "revision_is" in noted else {}
+                return {"dataset": noted["dataset"], "revision": noted["revision"], **unchecked}
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise ContrastRMError(f"cannot read {note}: {error}; load the data again or delete it") from error
+    return {"dataset": None, "revision": None}
+
+
+def label_of(name: str, source: Mapping[str, Any], complete: bool) -> str:
+    """What the figures may be called. Only the complete official set carries the benchmark's name."""
+    title = BENCHMARKS[name].title
+    if source["dataset"] == OWN_SAMPLE:
+        return f"not {title}: the project's own small sample"
+    if source["dataset"] != BENCHMARKS[name].dataset_id:
+        counts = "with the official number of rows" if complete else "without the official number of rows"
+        return f"not {title}: a file of unrecorded origin, {counts}"
+    if not complete:
+        return f"not {title}: a part of the official rows"
+    return f"{title}, from local files whose revision nobody checked" if source.get("revision_is") else title
