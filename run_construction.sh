@@ -5,7 +5,9 @@
 #   GENERATOR=embedded bash run_construction.sh                 the small embedded model: no key, no network
 #   STRATEGY=template bash run_construction.sh                  cues by rule: no model at all, and no judge
 #
-# Edit a line of the block or prefix the environment: LIMIT=20 bash run_construction.sh. Further flags go to gptout.
+# Edit a line of the block or prefix the environment: LIMIT=20 bash run_construction.sh. Further flags go to every step, and
+# each reads its own (python -m codes.construct.STEP --help): --orders 3 --drop_bad_negatives 1 --cue_gate off --seed 7
+# --temperature 0.9 (the judge's is JUDGE_TEMPERATURE) --max_attempts 3 --requests_per_minute 60 --retry_failed …
 # Paths are relative to the repository. DRY_RUN=1 prints the commands. The key is read from the environment only.
 # Exit code 3: everything is written, but some requests brought no answer; the same command asks them again.
 set -euo pipefail
@@ -19,24 +21,15 @@ WORK_DIR="${WORK_DIR:-output/construct}"           # intermediate files; a secon
 STRATEGY="${STRATEGY:-wrong_answer}"               # wrong_answer | rewrite_rejected | template
 BIAS_TYPES="${BIAS_TYPES:-all}"                    # all | length,authority,beauty,…
 BIASES_PER_RECORD="${BIASES_PER_RECORD:-2}"
-CUE_GATE="${CUE_GATE:-on}"                         # off: for languages other than English
 USE_GPTINST="${USE_GPTINST:-0}"                    # 1: also answers to a similar but different question
-JUDGE_MODEL="${JUDGE_MODEL:-}"                     # empty: API_MODEL judges its own texts, with a warning
-ORDERS="${ORDERS:-2}"                              # orders in which a judge sees the answers; the chosen must win in all
-DROP_BAD_NEGATIVES="${DROP_BAD_NEGATIVES:-0}"      # 1: drop a rejected answer that beats the chosen, not the whole row
 VERIFY_FILTER="${VERIFY_FILTER:-auto}"             # auto | on | off
 LIMIT="${LIMIT:-0}"                                # 0: all records
 MAX_BAD_ROWS="${MAX_BAD_ROWS:-0}"                  # more malformed rows than this stop the run
-SEED="${SEED:-42}"
 API_MODEL="${API_MODEL:-}"                         # the model's name at the API
 API_BASE_URL="${API_BASE_URL:-${OPENAI_BASE_URL:-}}" # empty: the API's own address
-TEMPERATURE="${TEMPERATURE:-0.7}"
-MAX_NEW_TOKENS="${MAX_NEW_TOKENS:-1024}"
-JUDGE_TEMPERATURE="${JUDGE_TEMPERATURE:-0}"        # none: the server's own
-JUDGE_MAX_NEW_TOKENS="${JUDGE_MAX_NEW_TOKENS:-}"   # of a verdict, reasoning included; empty: 4096, 16 for the embedded model
+JUDGE_MODEL="${JUDGE_MODEL:-}"                     # empty: API_MODEL judges its own texts, with a warning
+MAX_NEW_TOKENS="${MAX_NEW_TOKENS:-1024}"           # of a written text; of a verdict: JUDGE_MAX_NEW_TOKENS in the environment
 CONCURRENCY="${CONCURRENCY:-16}"
-MAX_ATTEMPTS="${MAX_ATTEMPTS:-6}"                  # per request
-REQUEST_TIMEOUT="${REQUEST_TIMEOUT:-120}"          # seconds
 # Budget of one launch, over all its steps; answers found in the ledger cost nothing. Empty: no limit.
 MAX_REQUESTS="${MAX_REQUESTS:-}"
 MAX_TOKENS_BUDGET="${MAX_TOKENS_BUDGET:-}"         # prompt and completion tokens together
@@ -45,10 +38,7 @@ PRICE_IN="${PRICE_IN:-}"                           # per million prompt tokens, 
 PRICE_OUT="${PRICE_OUT:-}"                         # per million completion tokens
 JUDGE_PRICE_IN="${JUDGE_PRICE_IN:-}"               # of JUDGE_MODEL, where that is another model
 JUDGE_PRICE_OUT="${JUDGE_PRICE_OUT:-}"
-REQUESTS_PER_MINUTE="${REQUESTS_PER_MINUTE:-}"
-TOKENS_PER_MINUTE="${TOKENS_PER_MINUTE:-}"
 ESTIMATE="${ESTIMATE:-0}"                          # 1: print requests, tokens and cost of each step; ask nothing
-RETRY_FAILED="${RETRY_FAILED:-0}"                  # 1: ask again what an earlier run recorded as failed for good
 # ----------------------------------------------------------------------------------------------------------------
 
 refuse() {
@@ -103,36 +93,36 @@ if [[ "$GENERATOR" == embedded && "$inside_server" != 1 && "$ESTIMATE" != 1 ]]; 
   fi
 fi
 
-api_flags=(
-  --concurrency "$CONCURRENCY" --max_attempts "$MAX_ATTEMPTS" --request_timeout "$REQUEST_TIMEOUT"
-  --work_dir "$WORK_DIR" --max_bad_rows "$MAX_BAD_ROWS"
-)
-add_flag() { [[ -z "$2" ]] || api_flags+=("$1" "$2"); } # a flag whose value may be empty
-add_flag --max_requests "$MAX_REQUESTS"
-add_flag --max_tokens "$MAX_TOKENS_BUDGET"
-add_flag --max_cost "$MAX_COST"
-add_flag --requests_per_minute "$REQUESTS_PER_MINUTE"
-add_flag --tokens_per_minute "$TOKENS_PER_MINUTE"
-[[ "$ESTIMATE" != 1 ]] || api_flags+=(--estimate)
-[[ "$RETRY_FAILED" != 1 ]] || api_flags+=(--retry_failed)
-# Through the environment: command lines are seen by every user of the machine. The embedded server puts its own address and
-# model there: nothing may override them.
-[[ "$GENERATOR" == embedded || -z "$API_BASE_URL" ]] || export OPENAI_BASE_URL="$API_BASE_URL"
-writer_flags=()
-judge_flags=()
-[[ "$GENERATOR" == embedded || -z "$API_MODEL" ]] || writer_flags+=(--api_model "$API_MODEL")
-[[ "$GENERATOR" != embedded || "$ESTIMATE" != 1 ]] || api_flags+=(--api_model embedded)
-[[ -z "$PRICE_IN" ]] || writer_flags+=(--price_in "$PRICE_IN")
-[[ -z "$PRICE_OUT" ]] || writer_flags+=(--price_out "$PRICE_OUT")
-[[ "$GENERATOR" == embedded || -z "${JUDGE_MODEL:-$API_MODEL}" ]] ||
-  judge_flags+=(--api_model "${JUDGE_MODEL:-$API_MODEL}")
-[[ -z "$JUDGE_PRICE_IN" ]] || judge_flags+=(--price_in "$JUDGE_PRICE_IN")
-[[ -z "$JUDGE_PRICE_OUT" ]] || judge_flags+=(--price_out "$JUDGE_PRICE_OUT")
-judge_flags+=(--temperature "$JUDGE_TEMPERATURE")
-[[ -z "$JUDGE_MAX_NEW_TOKENS" ]] || judge_flags+=(--max_new_tokens "$JUDGE_MAX_NEW_TOKENS")
-[[ "$DROP_BAD_NEGATIVES" != 1 ]] || judge_flags+=(--drop_bad_negatives)
-[[ "$uses_model" == 1 ]] || judge_flags+=(--judge none)
-write_flags=(--temperature "$TEMPERATURE" --max_new_tokens "$MAX_NEW_TOKENS" --seed "$SEED" ${writer_flags[@]+"${writer_flags[@]}"})
+flags=()
+add_flag() { [[ -z "$2" ]] || flags+=("--$1" "$2"); } # none for an empty value
+add_knobs() {
+  local name
+  for name in "$@"; do add_flag "${name,,}" "${!name}"; done
+}
+add_knobs WORK_DIR MAX_BAD_ROWS CONCURRENCY MAX_REQUESTS MAX_COST
+add_flag max_tokens "$MAX_TOKENS_BUDGET"
+[[ "$ESTIMATE" != 1 ]] || flags+=(--estimate)
+shared_flags=("${flags[@]}")
+
+writer="$API_MODEL" judge="${JUDGE_MODEL:-$API_MODEL}"
+if [[ "$GENERATOR" == embedded ]]; then
+  # The embedded server puts its own address and model into the environment: nothing may override them.
+  writer="" judge=""
+  [[ "$ESTIMATE" != 1 ]] || writer=embedded judge=embedded
+elif [[ -n "$API_BASE_URL" ]]; then
+  # Through the environment: command lines are seen by every user of the machine.
+  export OPENAI_BASE_URL="$API_BASE_URL"
+fi
+flags=()
+add_flag api_model "$writer"
+add_knobs MAX_NEW_TOKENS PRICE_IN PRICE_OUT
+writer_flags=("${flags[@]}")
+flags=(--temperature "${JUDGE_TEMPERATURE:-0}")
+add_flag api_model "$judge"
+add_flag price_in "$JUDGE_PRICE_IN"
+add_flag price_out "$JUDGE_PRICE_OUT"
+[[ "$uses_model" == 1 ]] || flags+=(--judge none)
+judge_flags=("${flags[@]}")
 
 exit_code=0
 # The steps of this launch share its budget: each finds what the others have spent under this name.
@@ -154,25 +144,23 @@ construct() {
   esac
 }
 
+flags=()
+add_knobs INPUT_FILE STRATEGY BIAS_TYPES BIASES_PER_RECORD LIMIT
 written="$WORK_DIR/gptout.jsonl"
-construct gptout --input_file "$INPUT_FILE" --output_file "$written" --strategy "$STRATEGY" \
-  --bias_types "$BIAS_TYPES" --biases_per_record "$BIASES_PER_RECORD" --cue_gate "$CUE_GATE" --limit "$LIMIT" \
-  "${write_flags[@]}" "${api_flags[@]}" "$@"
+construct gptout "${flags[@]}" --output_file "$written" "${writer_flags[@]}" "${shared_flags[@]}" "$@"
 # Nothing is written in an estimate: the later steps count with the input, and with the answers to come.
-expected="$BIASES_PER_RECORD"
-[[ "$ESTIMATE" != 1 ]] || written="$INPUT_FILE"
+expected="$BIASES_PER_RECORD" later=()
+[[ "$ESTIMATE" != 1 ]] || written="$INPUT_FILE" later=(--limit "$LIMIT")
 if [[ "$USE_GPTINST" == 1 ]]; then
-  limit_flags=()
-  [[ "$ESTIMATE" != 1 ]] || limit_flags=(--limit "$LIMIT")
-  construct gptinst --input_file "$written" --output_file "$WORK_DIR/gptinst.jsonl" "${write_flags[@]}" \
-    "${api_flags[@]}" ${limit_flags[@]+"${limit_flags[@]}"}
+  construct gptinst "$@" --input_file "$written" --output_file "$WORK_DIR/gptinst.jsonl" "${writer_flags[@]}" \
+    "${shared_flags[@]}" ${later[@]+"${later[@]}"}
   [[ "$ESTIMATE" == 1 ]] || written="$WORK_DIR/gptinst.jsonl"
   expected=$((expected + 1))
 fi
-[[ "$ESTIMATE" != 1 ]] || judge_flags+=(--expected_negatives "$expected" --limit "$LIMIT")
-construct verify_correctness --input_file "$written" --output_file "$WORK_DIR/verified.jsonl" \
-  --train_file "$OUTPUT_FILE" --verify_filter "$VERIFY_FILTER" --orders "$ORDERS" --seed "$SEED" "${api_flags[@]}" \
-  ${judge_flags[@]+"${judge_flags[@]}"}
+[[ "$ESTIMATE" != 1 ]] || later+=(--expected_negatives "$expected")
+construct verify_correctness "$@" --input_file "$written" --output_file "$WORK_DIR/verified.jsonl" \
+  --train_file "$OUTPUT_FILE" --verify_filter "$VERIFY_FILTER" "${judge_flags[@]}" "${shared_flags[@]}" \
+  ${later[@]+"${later[@]}"}
 [[ "$ESTIMATE" != 1 ]] || exit "$exit_code"
 construct report --work_dir "$WORK_DIR"
 is_dry_run && exit 0

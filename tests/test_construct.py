@@ -34,6 +34,7 @@ from codes.construct.build_prompt import (
     build_wrong_answer,
     word_limit,
 )
+from codes.construct.settings import parse_bias_types
 from codes.construct.template import TEMPLATE_VERSION
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
@@ -310,8 +311,8 @@ def test_without_a_model_both_ways_out_are_named(missing: str, tmp_path: Path, m
 
 @pytest.mark.parametrize("value", ["gender", "length,charm", " , "])
 def test_unknown_bias_types_are_refused(value: str) -> None:
-    with pytest.raises(ContrastRMError, match="injectable|known|empty"):
-        gptout.parse_bias_types(value)
+    with pytest.raises(ContrastRMError, match="injected|known|empty"):
+        parse_bias_types(value)
 
 
 # --- kill and resume

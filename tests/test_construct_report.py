@@ -62,8 +62,8 @@ def test_a_run_with_faults_ends_complete_and_accounted_for(tmp_path: Path) -> No
     write_rows(tmp_path / "in.jsonl", rows)
     with ChatServer(half_broken) as server:
         knobs = {"OPENAI_API_KEY": KEY, "API_MODEL": "writer", "API_BASE_URL": server.base_url, "USE_GPTINST": "1"}
-        knobs |= {"JUDGE_MODEL": "judge", "MAX_ATTEMPTS": "3", "JUDGE_PRICE_IN": "1", "JUDGE_PRICE_OUT": "1"} | PRICES
-        done = launch(tmp_path, **knobs)
+        knobs |= {"JUDGE_MODEL": "judge", "JUDGE_PRICE_IN": "1", "JUDGE_PRICE_OUT": "1"} | PRICES
+        done = launch(tmp_path, "--max_attempts", "3", **knobs)
         asked = Counter(body["model"] for body in server.requests)
     # Rows are missing, all steps ran, and the exit code says so.
     assert done.returncode == 3, done.stderr

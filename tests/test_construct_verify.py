@@ -195,7 +195,7 @@ def test_a_bad_negative_is_dropped_and_what_remains_is_judged_again(tmp_path: Pa
     rows = rows_with_bad_negatives()
     write_rows(tmp_path / "in.jsonl", rows)
     with ChatServer(fall_for_bad) as server:
-        assert verify_correctness.main([*judge_flags(server, tmp_path), "--drop_bad_negatives"]) == 0
+        assert verify_correctness.main(judge_flags(server, tmp_path, drop_bad_negatives=1)) == 0
     # Rounds: 5 records, then 0, 1 and 3 (4 has none left).
     assert len(server.requests) == 2 * (5 + 3)
     judged, train = read_rows(tmp_path / "judged.jsonl"), read_rows(tmp_path / "train.jsonl")
@@ -241,7 +241,7 @@ def test_a_record_without_a_good_negative_keeps_all_and_margins_follow_their_ans
     rows[1] |= {"bias_type": [None, None, "length"], "injections": [{"index": 2, "bias": "length", "source_index": 1}]}
     write_rows(tmp_path / "in.jsonl", rows)
     with ChatServer(fall_for_bad) as server:
-        assert verify_correctness.main([*judge_flags(server, tmp_path), "--drop_bad_negatives"]) == 0
+        assert verify_correctness.main(judge_flags(server, tmp_path, drop_bad_negatives=1)) == 0
     lost, kept = read_rows(tmp_path / "judged.jsonl")
     assert lost["verify_correctness"] == "CHOSEN_NOT_BEST" and lost["verification"]["n_rounds"] == 2
     assert {key: lost[key] for key in ("rejected", "bias_type", "margin", "injections")} == {

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from chat_server import ChatServer, Reply, answer, error
@@ -24,9 +24,10 @@ from codes.common.cli import EXIT_ROWS_MISSING
 from codes.common.errors import ContrastRMError
 from codes.common.records import BiasRecord, RefinementRecord, read_bias_file, read_refinement_file
 from codes.construct import api, build_eval_pairs
-from codes.construct.build_eval_pairs import STEP, Item, Sides, parse_bias_names, placebo_file_name
+from codes.construct.build_eval_pairs import STEP, Item, Sides, placebo_file_name
 from codes.construct.build_prompt import CUE_INSTRUCTIONS, LOSS_INSTRUCTIONS, build_plain_rewrite, build_polish
 from codes.construct.gates import BOUNDS, REASONS, cue_count, gain_defect, gained_cue, loss_defect, polish_defect
+from codes.construct.settings import EvalPairSettings
 from codes.construct.template import IDENTITY_SENTENCES, apply_template, draw_identity, put_before, without_markup
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
@@ -467,11 +468,15 @@ def test_template_strategy_needs_no_model_and_repeats_itself(tmp_path: Path, mon
 
 
 def test_bias_names() -> None:
-    assert parse_bias_names("all", "rewrite") == EVALUABLE and parse_bias_names("all", "template") == PAIRWISE
-    assert parse_bias_names("race, length", "rewrite") == ("length", "race")
+    def biases(value: str, strategy: Literal["rewrite", "template"] = "rewrite") -> tuple[str, ...]:
+        files = {"input_file": Path("in.jsonl"), "output_dir": Path("eval")}
+        return EvalPairSettings(**files, bias_types=value, strategy=strategy).biases
+
+    assert biases("all") == EVALUABLE and biases("all", "template") == PAIRWISE
+    assert biases("race, length") == ("length", "race")
     for value in ("", "lenght"):
         with pytest.raises(ContrastRMError):
-            parse_bias_names(value, "rewrite")
+            biases(value)
 
 
 # --- the consistency filter ---------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import re
 import shlex
@@ -127,13 +128,13 @@ VARIANTS = [
         {"STRATEGY": "rewrite_rejected", "BIAS_TYPES": "length,beauty", "VERIFY_FILTER": "off"},
     ),
     ("run_construction", {"STRATEGY": "template"}),
-    ("run_construction", {"STRATEGY": "template", "JUDGE_MODEL": "m", "DROP_BAD_NEGATIVES": "1", "ORDERS": "3"}),
+    ("run_construction", {"STRATEGY": "template", "JUDGE_MODEL": "m", "MAX_BAD_ROWS": "3"}),
     (
         "run_construction",
         {"MAX_COST": "3", "PRICE_IN": "1", "PRICE_OUT": "2", "MAX_REQUESTS": "9", "MAX_TOKENS_BUDGET": "99"},
     ),
-    ("run_construction", {"API_MODEL": "m", "JUDGE_TEMPERATURE": "none", "JUDGE_MAX_NEW_TOKENS": "9000"}),
-    ("run_construction", {"ESTIMATE": "1", "USE_GPTINST": "1", "API_MODEL": "m", "RETRY_FAILED": "1"}),
+    ("run_construction", {"API_MODEL": "m", "JUDGE_TEMPERATURE": "none"}),
+    ("run_construction", {"ESTIMATE": "1", "USE_GPTINST": "1", "API_MODEL": "m"}),
     ("run_construction", {"ESTIMATE": "1", "GENERATOR": "embedded"}),
     ("run_training", {}),
     ("run_training", {"MODE": "pairwise", "NEGATIVES": "original"}),
@@ -214,9 +215,7 @@ CHOICES = {
     "NUM_MACHINES": "3",
     "MACHINE_RANK": "1",
     "DEEPSPEED_CONFIG": "none",
-    "DROP_BAD_NEGATIVES": "1",
     "ESTIMATE": "1",
-    "RETRY_FAILED": "1",
 }
 
 
@@ -260,9 +259,35 @@ def test_editing_the_line_works_like_prefixing(name: str, environment: dict[str,
     "name", ["run_construction", "run_training", "run_evaluation_rm", "run_evaluation_rewardbench"]
 )
 def test_extra_flags_pass_through_last(name: str, environment: dict[str, str]) -> None:
-    commands = printed(name, environment, "--seed", "9", "--note", "two words; $HOME")
-    assert commands[0][-4:] == ["--seed", "9", "--note", "two words; $HOME"]
-    assert all("--note" not in words for words in commands[1:])
+    extra = ["--seed", "9", "--note", "two words; $HOME"]
+    commands = printed(name, environment, *extra)
+    assert commands[0][-4:] == extra
+    if name == "run_construction":
+        # Each step reads its own; what the launcher chooses for a later one stands behind them.
+        assert module_and_flags(commands[1])[1][:4] == extra
+
+
+def test_a_further_flag_reaches_the_step_that_knows_it(environment: dict[str, str]) -> None:
+    flags = ["--orders", "3", "--cue_gate", "off", "--seed", "9", "--retry_failed"]
+    commands = printed("run_construction", {**environment, "USE_GPTINST": "1"}, *flags)
+    read = {}
+    for words in commands[:3]:
+        module, given = module_and_flags(words)
+        launched = {**environment, "CONTRASTRM_LAUNCH": "1", "PYTHONPATH": str(REPO)}
+        code = f"import sys, json, {module} as step; print(json.dumps(vars(step.build_parser().parse_args()), default=str))"
+        done = subprocess.run(
+            [sys.executable, "-c", code, *given], env=launched, capture_output=True, text=True, check=True
+        )
+        read[module.rsplit(".")[-1]] = json.loads(done.stdout)
+        alone = subprocess.run(
+            [sys.executable, "-c", code, *given],
+            env=launched | {"CONTRASTRM_LAUNCH": ""},
+            capture_output=True,
+            check=False,
+        )
+        assert alone.returncode == 2, "a flag of another step is a mistake outside a launch"
+    assert all(args["seed"] == 9 and args["retry_failed"] for args in read.values())
+    assert read["verify_correctness"]["orders"] == 3 and read["gptout"]["cue_gate"] == "off"
 
 
 def test_run_all_refuses_flags(environment: dict[str, str]) -> None:

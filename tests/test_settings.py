@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -115,7 +117,22 @@ def test_instances_do_not_share_a_changeable_default() -> None:
 def test_a_type_that_argparse_cannot_read_needs_a_check() -> None:
     @dataclass
     class Wrong:
-        folder: Path = setting(Path("a"), help="a folder")
+        when: complex = setting(1j, help="a number of two parts")
 
-    with pytest.raises(TypeError, match=r"Wrong\.folder .* needs a check"):
+    with pytest.raises(TypeError, match=r"Wrong\.when .* needs a check"):
         add_settings(argparse.ArgumentParser(), Wrong)
+
+
+def test_paths_literals_and_functions_need_no_more_than_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass
+    class Step:
+        folder: Path = setting(Path("a"), help="a folder")
+        judge: Literal["model", "none"] = setting("model", help="who judges")
+        model: str = setting(lambda: os.environ["STEP_MODEL"], help="default: $STEP_MODEL")
+
+    monkeypatch.setenv("STEP_MODEL", "small")
+    parser = argparse.ArgumentParser()
+    add_settings(parser, Step)
+    assert settings_from(parser.parse_args(["--judge", "none"]), Step) == Step(Path("a"), "none", "small")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--judge", "nobody"])

@@ -26,7 +26,6 @@ turns is left out and counted, or with ``--multi_turn render`` becomes one text 
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import sys
 from collections import Counter
@@ -34,15 +33,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
-from codes.common.biases import BIASES, EVALUABLE, eval_file_name, get_bias
-from codes.common.cli import natural, non_negative_float, positive, run
+from codes.common.biases import eval_file_name, get_bias
+from codes.common.cli import run
 from codes.common.errors import ContrastRMError
-from codes.common.judging import MAX_UNREAD, UnreadVerdicts, judge_max_new_tokens, judge_temperature
+from codes.common.judging import UnreadVerdicts
 from codes.common.llm import ApiError, Completion, Outcome
 from codes.common.llm_limits import Price
-from codes.common.llm_session import parse_temperature
 from codes.common.records import (
     CheckedPreferenceFile,
     Message,
@@ -52,8 +50,8 @@ from codes.common.records import (
     open_atomic,
     write_row,
 )
-from codes.common.stats import wilson
-from codes.construct.api import Api, OnOff, StepSettings, open_api_of, settings_of, step_parser
+from codes.common.settings import settings_from
+from codes.construct.api import Api, open_api_of
 from codes.construct.build_prompt import (
     EVAL_PROMPT_VERSION,
     PROMPT_VERSION,
@@ -74,6 +72,7 @@ from codes.construct.pipeline import (
     read_counts,
     write_report_section,
 )
+from codes.construct.settings import EvalPairSettings, step_parser
 from codes.construct.template import (
     RULES_VERSION,
     TEMPLATE_VERSION,
@@ -86,7 +85,6 @@ from codes.construct.template import (
 from codes.construct.verify_correctness import (
     Candidates,
     Judgement,
-    VerifyFilter,
     filter_is_on,
     judge_each,
     shown_orders,
@@ -95,83 +93,6 @@ from codes.construct.verify_correctness import (
 STEP = "build_eval_pairs"
 # Both of them: a label that hangs on the order of the answers is none.
 N_ORDERS = 2
-
-EvalStrategy = Literal["rewrite", "template"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings(StepSettings):
-    """The step's settings (``StepSettings`` has those of all steps)."""
-
-    output_dir: Path = field(metadata={"help": "gets <bias>_bias.jsonl for each bias"})
-    work_dir: Path = field(default=Path("output/eval_pairs"), metadata={"help": "ledger, failures, report"})
-    bias_types: str = field(
-        default="all",
-        metadata={
-            "help": f"all that the strategy can make (template: not refinement-aware), or some of {','.join(EVALUABLE)}"
-        },
-    )
-    strategy: EvalStrategy = field(default="rewrite", metadata={"help": "template: by rule"})
-    rejected: Literal["first", "all"] = field(
-        default="first", metadata={"help": "which original rejected answers make pairs"}
-    )
-    multi_turn: Literal["skip", "render"] = field(
-        default="skip", metadata={"help": "prompts of several turns: left out, or as one text"}
-    )
-    consistency: VerifyFilter = field(
-        default="auto",
-        metadata={
-            "help": "on: the judge must still prefer the labelled answer in both orders; auto: on where a model writes, "
-            "unless the judge is the embedded model"
-        },
-    )
-    judge_model: str | None = field(
-        default=None,
-        metadata={
-            "help": "default: $JUDGE_MODEL, else --api_model",
-            "type": str,
-            "from_environment": lambda: os.environ.get("JUDGE_MODEL") or None,
-        },
-    )
-    judge_temperature: float | None = field(
-        default=0.0,
-        metadata={
-            "help": "a number, or none for the server's own; default: $JUDGE_TEMPERATURE, else 0",
-            "type": parse_temperature,
-            "from_environment": judge_temperature,
-        },
-    )
-    judge_max_new_tokens: int = field(
-        default=4096,
-        metadata={
-            "help": "of a verdict, reasoning included; default: $JUDGE_MAX_NEW_TOKENS, else 4096 (16 for the embedded model)",
-            "type": positive,
-            "from_environment": judge_max_new_tokens,
-        },
-    )
-    judge_price_in: float | None = field(
-        default=None,
-        metadata={
-            "help": "of a million prompt tokens; default: --price_in, where one model does both",
-            "type": non_negative_float,
-        },
-    )
-    judge_price_out: float | None = field(
-        default=None, metadata={"help": "of a million completion tokens, likewise", "type": non_negative_float}
-    )
-    max_unread: int = field(
-        default=MAX_UNREAD,
-        metadata={"help": "answers in a row that are no verdict stop the run; 0: never", "type": natural},
-    )
-    cue_gate: OnOff = field(
-        default="on",
-        metadata={"help": "on: the cue must be seen to go and to come; off: for languages other than English"},
-    )
-
-    @property
-    def biases(self) -> tuple[str, ...]:
-        """The names of ``bias_types``."""
-        return parse_bias_names(self.bias_types, self.strategy)
 
 
 @dataclass(frozen=True)
@@ -244,7 +165,7 @@ class Plan:
     """
 
     source: CheckedPreferenceFile
-    settings: Settings
+    settings: EvalPairSettings
     n_records: int
     n_pairs: int
     left_out: Counter[str]
@@ -265,36 +186,18 @@ class Plan:
         return sum(self.n_records if kind == "refinement" else self.n_pairs for kind in planned if kind in kinds)
 
 
-def parse_bias_names(value: str, strategy: EvalStrategy) -> tuple[str, ...]:
-    """``all`` (that the strategy can make) or a comma-separated list, in the order of the table of biases.
-
-    Raises:
-        ContrastRMError: A name is unknown, the strategy cannot make it, or the list is empty.
-    """
-    possible = tuple(bias.name for bias in BIASES if strategy == "rewrite" or bias.kind != "refinement")
-    if value.strip() == "all":
-        return possible
-    names = {name.strip() for name in value.split(",") if name.strip()}
-    if not names:
-        raise ContrastRMError(f"--bias_types is empty; give all or some of {','.join(EVALUABLE)}")
-    for name in sorted(names):
-        if get_bias(name).name not in possible:
-            raise ContrastRMError(f"no rule can polish an answer: {name} needs --strategy rewrite")
-    return tuple(name for name in possible if name in names)
-
-
-def _unusable(record: PreferenceRecord, settings: Settings) -> str | None:
+def _unusable(record: PreferenceRecord, settings: EvalPairSettings) -> str | None:
     if len(record.messages) > 1 and settings.multi_turn == "skip":
         return "multi_turn"
     return None if original_rejected(record) else "no_original_rejected"
 
 
-def _pair_positions(record: PreferenceRecord, settings: Settings) -> list[int]:
+def _pair_positions(record: PreferenceRecord, settings: EvalPairSettings) -> list[int]:
     positions = original_rejected(record)
     return positions[:1] if settings.rejected == "first" else positions
 
 
-def plan_pairs(settings: Settings, failures: FailureLog) -> Plan:
+def plan_pairs(settings: EvalPairSettings, failures: FailureLog) -> Plan:
     """Check the input and decide what to make, before any request; records that cannot be used go to ``failures``.
 
     Raises:
@@ -479,6 +382,8 @@ class BiasCounts:
 
     def to_dict(self, kind: str) -> dict[str, Any]:
         """For the report; only what applies to the kind of bias."""
+        from codes.common.stats import wilson  # scipy takes seconds to load, which --help need not wait for
+
         assert self.n_planned == self.n_written + self.n_refused.total(), "a row got lost uncounted"
         fields: dict[str, Any] = {
             "n_planned": self.n_planned,
@@ -547,7 +452,7 @@ def write_drafts(
 
 
 def _take_outcomes(
-    item: Item, outcomes: Sequence[Outcome], settings: Settings, failures: FailureLog
+    item: Item, outcomes: Sequence[Outcome], settings: EvalPairSettings, failures: FailureLog
 ) -> tuple[Draft | None, str | None]:
     """The draft, or the first reason why there is none; every reason goes to ``failures``."""
     details, seed = _failure_details(item), settings.seed
@@ -619,7 +524,7 @@ class RowWriter:
     """Writes the rows of all biases: places the better answer, adds where the row comes from, counts."""
 
     def __init__(
-        self, settings: Settings, models: Models, files: Mapping[str, IO[str]], counts: Mapping[str, BiasCounts]
+        self, settings: EvalPairSettings, models: Models, files: Mapping[str, IO[str]], counts: Mapping[str, BiasCounts]
     ) -> None:
         self._settings, self._models, self._files, self._counts = settings, models, files, counts
         self._sides = Sides(settings.seed)
@@ -679,7 +584,7 @@ def _placebo_row(item: Item, drawn: IdentitySentence, better: int) -> dict[str, 
 # --- the step -------------------------------------------------------------------------------------------------------------
 
 
-def build(settings: Settings, models: Models) -> tuple[dict[str, Any], int]:
+def build(settings: EvalPairSettings, models: Models) -> tuple[dict[str, Any], int]:
     """The whole step.
 
     Returns:
@@ -766,15 +671,15 @@ def _estimate(plan: Plan, models: Models) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    return step_parser(STEP, __doc__, Settings, temperature=0.7, max_tokens=1024)
+    return step_parser(STEP, __doc__, EvalPairSettings, temperature=0.7, max_tokens=1024)
 
 
-def needs_writer(settings: Settings) -> bool:
+def needs_writer(settings: EvalPairSettings) -> bool:
     """Whether a model has to write."""
     return settings.strategy == "rewrite" and any(get_bias(bias).kind != "identity" for bias in settings.biases)
 
 
-def needs_judge(settings: Settings, judge_model: str | None) -> bool:
+def needs_judge(settings: EvalPairSettings, judge_model: str | None) -> bool:
     """Whether the judge is asked. ``auto``: where a model writes anyway, unless the judge is the embedded model."""
     if all(get_bias(bias).kind == "refinement" for bias in settings.biases):
         return False
@@ -783,7 +688,7 @@ def needs_judge(settings: Settings, judge_model: str | None) -> bool:
     return settings.consistency == "on"
 
 
-def choose_models(settings: Settings, api: Api, judge_model: str | None) -> Models:
+def choose_models(settings: EvalPairSettings, api: Api, judge_model: str | None) -> Models:
     """Writer and judge of a run: one client, each with the model, temperature and length of its own."""
     judge, writer = None, api if needs_writer(settings) else None
     if needs_judge(settings, judge_model):
@@ -803,7 +708,7 @@ def choose_models(settings: Settings, api: Api, judge_model: str | None) -> Mode
     return Models(writer, judge)
 
 
-def run_step(settings: Settings, models: Models) -> int:
+def run_step(settings: EvalPairSettings, models: Models) -> int:
     """The step, what it prints, and its exit code."""
     section, n_failed_requests = build(settings, models)
     print(format_table(section["biases"]))
@@ -820,7 +725,7 @@ def run_step(settings: Settings, models: Models) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the step from the command line."""
     args = build_parser().parse_args(argv)
-    settings = settings_of(args, Settings)
+    settings = settings_from(args, EvalPairSettings)
     judge_model = settings.judge_model or args.api_model
     has_writer, has_judge = needs_writer(settings), needs_judge(settings, judge_model)
     if not has_writer and not has_judge:

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from codes.common.cli import run
@@ -29,7 +27,8 @@ from codes.common.records import (
     open_atomic,
     write_row,
 )
-from codes.construct.api import Api, StepSettings, open_api_of, settings_of, step_parser
+from codes.common.settings import settings_from
+from codes.construct.api import Api, open_api_of
 from codes.construct.build_prompt import PROMPT_VERSION, build_similar_answer, build_similar_question
 from codes.construct.gates import answer_defect, question_defect
 from codes.construct.pipeline import (
@@ -42,18 +41,12 @@ from codes.construct.pipeline import (
     usage_counts,
     write_report_section,
 )
+from codes.construct.settings import SimilarSettings, step_parser
 
 STEP = "gptinst"
 STRATEGY = "similar_question"
 # Of a refused request, so many characters are kept in failed.jsonl.
 _SHOWN_CHARACTERS = 500
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings(StepSettings):
-    """The step's settings (``StepSettings`` has those of all steps)."""
-
-    output_file: Path
 
 
 def write_questions(
@@ -103,7 +96,7 @@ def append_answer(
     return False
 
 
-def add_similar(settings: Settings, api: Api) -> tuple[dict[str, Any], int]:
+def add_similar(settings: SimilarSettings, api: Api) -> tuple[dict[str, Any], int]:
     """The whole step. A record stays as it was where its request or answer failed: a later step can still use it.
 
     Returns:
@@ -148,13 +141,13 @@ def add_similar(settings: Settings, api: Api) -> tuple[dict[str, Any], int]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    return step_parser(STEP, __doc__, Settings, temperature=0.7, max_tokens=1024)
+    return step_parser(STEP, __doc__, SimilarSettings, temperature=0.7, max_tokens=1024)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the step from the command line."""
     args = build_parser().parse_args(argv)
-    settings = settings_of(args, Settings)
+    settings = settings_from(args, SimilarSettings)
     api = open_api_of(args)
     with api.ledger:
         section, n_failed_requests = add_similar(settings, api)

@@ -24,11 +24,10 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from codes.common.biases import INJECTABLE
-from codes.common.cli import positive, run
+from codes.common.cli import run
 from codes.common.errors import ContrastRMError
 from codes.common.llm import ApiError
 from codes.common.records import (
@@ -40,13 +39,12 @@ from codes.common.records import (
     open_atomic,
     write_row,
 )
-from codes.construct.api import Api, OnOff, StepSettings, open_api_of, settings_of, step_parser
+from codes.common.settings import settings_from
+from codes.construct.api import Api, open_api_of
 from codes.construct.build_prompt import (
     PROMPT_VERSION,
-    Strategy,
     build_rewrite,
     build_wrong_answer,
-    cue_instruction,
     word_limit,
 )
 from codes.construct.gates import answer_defect
@@ -62,39 +60,10 @@ from codes.construct.pipeline import (
     usage_counts,
     write_report_section,
 )
+from codes.construct.settings import InjectionSettings, step_parser
 from codes.construct.template import TEMPLATE_VERSION, apply_template
 
 STEP = "gptout"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings(StepSettings):
-    """The step's settings (``StepSettings`` has those of all steps)."""
-
-    output_file: Path
-    strategy: Strategy = field(default="wrong_answer", metadata={"help": "template needs no model"})
-    bias_types: str = field(default="all", metadata={"help": f"all, or some of {','.join(INJECTABLE)}"})
-    biases_per_record: int = field(default=2, metadata={"help": "different ones", "type": positive})
-    cue_gate: OnOff = field(
-        default="on",
-        metadata={
-            "help": "on: a text must show its cue; off: for languages other than English, whose cues the word lists miss"
-        },
-    )
-
-    def __post_init__(self) -> None:
-        """Check what belongs together.
-
-        Raises:
-            ContrastRMError: More biases a record than there are, or see ``parse_bias_types``.
-        """
-        if self.biases_per_record > len(self.biases):
-            raise ContrastRMError(f"--biases_per_record must be 1 to {len(self.biases)} (the number of --bias_types)")
-
-    @property
-    def biases(self) -> tuple[str, ...]:
-        """The names of ``bias_types``."""
-        return parse_bias_types(self.bias_types)
 
 
 @dataclass(frozen=True)
@@ -148,23 +117,6 @@ class InjectionCounts:
         }
 
 
-def parse_bias_types(value: str) -> tuple[str, ...]:
-    """``all`` or a comma-separated list.
-
-    Raises:
-        ContrastRMError: A name is unknown or cannot be injected, or the list is empty.
-    """
-    if value.strip() == "all":
-        return INJECTABLE
-    names = {name.strip() for name in value.split(",") if name.strip()}
-    if not names:
-        raise ContrastRMError(f"--bias_types is empty; give all or some of {','.join(INJECTABLE)}")
-    for name in sorted(names):
-        cue_instruction(name)
-    # In the order of the table: how they were typed makes no other data set.
-    return tuple(name for name in INJECTABLE if name in names)
-
-
 def deal_biases(allowed: Sequence[str], per_record: int, seed: int) -> Iterator[list[str]]:
     """The biases of record after record, without end.
 
@@ -186,7 +138,7 @@ def deal_biases(allowed: Sequence[str], per_record: int, seed: int) -> Iterator[
         yield dealt
 
 
-def check_input(settings: Settings) -> CheckedPreferenceFile:
+def check_input(settings: InjectionSettings) -> CheckedPreferenceFile:
     """Read the input through before anything is asked.
 
     Raises:
@@ -208,9 +160,9 @@ def check_input(settings: Settings) -> CheckedPreferenceFile:
     )
 
 
-def plan_injections(records: Iterable[PreferenceRecord], settings: Settings) -> Iterator[Planned]:
+def plan_injections(records: Iterable[PreferenceRecord], settings: InjectionSettings) -> Iterator[Planned]:
     """Each record with the answers to write for it, before any request."""
-    dealt = deal_biases(settings.biases, settings.biases_per_record, settings.seed)
+    dealt = deal_biases(settings.bias_types, settings.biases_per_record, settings.seed)
     for record, biases in zip(records, dealt, strict=False):
         sources = original_rejected(record)
         draw = random.Random(f"source:{settings.seed}:{record.id}")
@@ -255,7 +207,7 @@ def take_answer(
     record: PreferenceRecord,
     injection: Injection,
     answer: str | ApiError,
-    settings: Settings,
+    settings: InjectionSettings,
     *,
     counts: InjectionCounts,
     failures: FailureLog,
@@ -289,7 +241,7 @@ def take_answer(
     failures.add(record.id, defect, **details)
 
 
-def inject(settings: Settings, api: Api | None) -> tuple[dict[str, Any], int]:
+def inject(settings: InjectionSettings, api: Api | None) -> tuple[dict[str, Any], int]:
     """The whole step; ``api`` is None for the ``template`` strategy.
 
     Returns:
@@ -321,7 +273,7 @@ def inject(settings: Settings, api: Api | None) -> tuple[dict[str, Any], int]:
         section = read_counts(source) | origin | counts.to_dict()
         section |= {
             "strategy": settings.strategy,
-            "bias_types": list(settings.biases),
+            "bias_types": list(settings.bias_types),
             "biases_per_record": settings.biases_per_record,
             "n_failed": failures.counts(),
             "output_file": str(settings.output_file),
@@ -333,13 +285,13 @@ def inject(settings: Settings, api: Api | None) -> tuple[dict[str, Any], int]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    return step_parser(STEP, __doc__, Settings, temperature=0.7, max_tokens=1024)
+    return step_parser(STEP, __doc__, InjectionSettings, temperature=0.7, max_tokens=1024)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the step from the command line."""
     args = build_parser().parse_args(argv)
-    settings = settings_of(args, Settings)
+    settings = settings_from(args, InjectionSettings)
 
     def run_step(api: Api | None) -> int:
         section, n_failed_requests = inject(settings, api)

@@ -326,7 +326,7 @@ def report_sections(summary: Mapping[str, Any], plot: str | None) -> list[Sectio
         for reason, count in reasons.items()
     ]
     text = (
-        "Classes: retriable (the same command asks again), row (only with RETRY_FAILED=1), gate (text refused), other."
+        "Classes: retriable (the same command asks again), row (only with --retry_failed), gate (text refused), other."
     )
     header = ["step", "class", "reason", "rows"]
     sections.append(Section("Failed rows", [text if failed else "None."], header if failed else [], failed))

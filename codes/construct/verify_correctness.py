@@ -28,14 +28,13 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from codes.common.base_model import is_embedded
 from codes.common.biases import INJECTABLE
-from codes.common.cli import natural, positive, run
+from codes.common.cli import run
 from codes.common.errors import ContrastRMError
-from codes.common.judging import MAX_UNREAD, UnreadVerdicts, judge_max_new_tokens, judge_temperature, read_verdict
+from codes.common.judging import UnreadVerdicts, judge_max_new_tokens, judge_temperature, read_verdict
 from codes.common.llm import ApiError, Outcome
 from codes.common.records import (
     VERIFY_VALUES,
@@ -47,8 +46,8 @@ from codes.common.records import (
     open_atomic,
     write_row,
 )
-from codes.common.stats import wilson
-from codes.construct.api import Api, StepSettings, is_embedded_server, open_api_of, settings_of, step_parser
+from codes.common.settings import settings_from
+from codes.construct.api import Api, is_embedded_server, open_api_of
 from codes.construct.build_prompt import PROMPT_VERSION, build_judge, candidate_letters
 from codes.construct.pipeline import (
     FailureLog,
@@ -60,55 +59,13 @@ from codes.construct.pipeline import (
     usage_counts,
     write_report_section,
 )
+from codes.construct.settings import VerifyFilter, VerifySettings, step_parser
 
 STEP = "verify_correctness"
 MAX_CANDIDATES = 26
 NOT_INJECTED = "not injected"
 
-VerifyFilter = Literal["auto", "on", "off"]
 Item = TypeVar("Item")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings(StepSettings):
-    """The step's settings (``StepSettings`` has those of all steps)."""
-
-    output_file: Path = field(metadata={"help": "all judged rows"})
-    train_file: Path = field(metadata={"help": "the rows fit for training"})
-    judge: Literal["model", "none"] = field(default="model", metadata={"help": "none: ask nobody, keep all rows"})
-    verify_filter: VerifyFilter = field(
-        default="auto",
-        metadata={
-            "help": "on: keep CHOSEN_IS_BEST; off: keep all; auto: on unless the judge is the embedded model or none"
-        },
-    )
-    orders: int = field(default=2, metadata={"help": "orders in which a record's answers are shown", "type": positive})
-    drop_bad_negatives: bool = field(
-        default=False,
-        metadata={
-            "help": "drop rejected answers that are picked over the chosen, where it beats all others when judged again"
-        },
-    )
-    expected_negatives: int = field(
-        default=0,
-        metadata={
-            "help": "with --estimate: rejected answers that each record is still to get from the steps before",
-            "type": natural,
-        },
-    )
-    max_unread: int = field(
-        default=MAX_UNREAD,
-        metadata={"help": "answers in a row that are no verdict stop the run; 0: never", "type": natural},
-    )
-
-    def __post_init__(self) -> None:
-        """Check what belongs together.
-
-        Raises:
-            ContrastRMError: A filter without a judge.
-        """
-        if self.judge == "none" and self.verify_filter == "on":
-            raise ContrastRMError("--judge none gives no verdict to filter by; use --verify_filter auto or off")
 
 
 # --- one record -----------------------------------------------------------------------------------------------------------
@@ -302,7 +259,7 @@ def _candidates(record: PreferenceRecord, positions: Iterable[int]) -> Candidate
 
 
 def judge_records(
-    api: Api, source: CheckedPreferenceFile, settings: Settings, failures: FailureLog
+    api: Api, source: CheckedPreferenceFile, settings: VerifySettings, failures: FailureLog
 ) -> Iterator[Judged]:
     """Every record with its judgement, and with the second one where bad negatives are to be dropped."""
     unread = UnreadVerdicts(settings.max_unread)
@@ -442,6 +399,8 @@ class VerdictCounts:
 
     def to_dict(self) -> dict[str, Any]:
         """For the report."""
+        from codes.common.stats import wilson  # scipy takes seconds to load, which --help need not wait for
+
         names = (*INJECTABLE, NOT_INJECTED)
         expected = self.expected_first / self.n_orders if self.n_orders else None
         return {
@@ -480,7 +439,7 @@ def format_table(section: dict[str, Any]) -> str:
 # --- the step -------------------------------------------------------------------------------------------------------------
 
 
-def verify(settings: Settings, api: Api | None) -> tuple[dict[str, Any], int]:
+def verify(settings: VerifySettings, api: Api | None) -> tuple[dict[str, Any], int]:
     """The whole step; without ``api`` nobody judges, and every record is ``SKIPPED``.
 
     Returns:
@@ -546,7 +505,7 @@ def verify(settings: Settings, api: Api | None) -> tuple[dict[str, Any], int]:
 def _finished(
     api: Api | None,
     source: CheckedPreferenceFile,
-    settings: Settings,
+    settings: VerifySettings,
     failures: FailureLog,
     counts: VerdictCounts,
     origin: dict[str, Any],
@@ -561,7 +520,7 @@ def _finished(
         yield judged.record
 
 
-def _estimate(api: Api, source: CheckedPreferenceFile, settings: Settings) -> None:
+def _estimate(api: Api, source: CheckedPreferenceFile, settings: VerifySettings) -> None:
     """Print what the first round would ask (a second one depends on the verdicts) and leave the command."""
 
     def prompts() -> Iterator[list[Message]]:
@@ -581,13 +540,15 @@ def models_of(record: PreferenceRecord) -> set[str]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    return step_parser(STEP, __doc__, Settings, temperature=judge_temperature(), max_tokens=judge_max_new_tokens())
+    return step_parser(
+        STEP, __doc__, VerifySettings, temperature=judge_temperature(), max_tokens=judge_max_new_tokens()
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the step from the command line."""
     args = build_parser().parse_args(argv)
-    settings = settings_of(args, Settings)
+    settings = settings_from(args, VerifySettings)
 
     def run_step(api: Api | None) -> int:
         section, n_failed_requests = verify(settings, api)
