@@ -77,7 +77,6 @@ def train_once(
         "PRECISION": precision,
         "LORA_RANK": lora,
         "GLOBAL_BATCH_SIZE": GROUPS_PER_STEP,
-        "MICRO_BATCH_SIZE": GROUPS_PER_STEP // (processes * accumulation),
         # AdamW moves a weight by the learning rate however small its gradient is: where that is nearly zero, the order of
         # additions decides the direction.
         "LEARNING_RATE": 3e-4,
@@ -89,7 +88,8 @@ def train_once(
         "PYTHON": sys.executable,
     }
     environment = os.environ | {name: str(value) for name, value in knobs.items()}
-    return subprocess.run(["bash", "run_training.sh"], env=environment, capture_output=True, text=True)
+    command = ["bash", "run_training.sh", "--micro_batch_size", str(GROUPS_PER_STEP // (processes * accumulation))]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 def losses_of(folder: Path) -> list[float]:

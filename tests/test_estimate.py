@@ -224,10 +224,10 @@ def test_what_is_met_is_what_a_search_finds(questions: list[str], training: str,
 
 
 def test_the_own_training_data_is_clean(bare_model: Path, tmp_path: Path) -> None:
-    from codes.train.contamination import DEFAULT_FILES
+    from codes.train.settings import EVALUATION_FILES
 
     found = estimated(
-        bare_model, "data/train/own_train.jsonl", tmp_path / "out", "--contamination_files", DEFAULT_FILES
+        bare_model, "data/train/own_train.jsonl", tmp_path / "out", "--contamination_files", EVALUATION_FILES
     )
     assert found["contamination"]["n_files"] >= 11 and found["contamination"]["n_contaminated_records"] == 0
 

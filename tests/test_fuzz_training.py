@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from codes.common.biases import INJECTABLE
-from codes.common.chat import OVERLENGTH_POLICIES
 from codes.common.errors import ContrastRMError
+from codes.common.settings import OVERLENGTH_POLICIES
 from codes.train.train_reward_model import build_parser, main
 
 FUZZ = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}

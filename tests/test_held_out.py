@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from codes.common.errors import ContrastRMError
 from codes.common.questions import question_key
 from codes.common.records import PreferenceRecord, read_preference_file, write_jsonl
 from codes.common.scoring import Conversation, Scorer, plan_packs
-from codes.train.best_checkpoint import BestFolder, Ranking, resolve_ranking
+from codes.train.evaluation import BestFolder, Ranking, resolve_eval_steps, resolve_ranking
 from codes.train.held_out import (
     HeldOutRecords,
     HeldOutSet,
@@ -41,11 +42,11 @@ from codes.train.held_out import (
     metric_names,
     split_questions,
 )
-from codes.train.objective import Objective
+from codes.train.losses import group_losses
 from codes.train.reward_model import load_reward_model
+from codes.train.settings import EvaluationSettings, Objective
 from codes.train.sources import parse_sources
 from codes.train.train_reward_model import main
-from codes.train.watch import resolve_eval_steps
 from tests.conftest import REPO_ROOT, finish, launch_training
 
 BASE = ["--precision", "fp32", "--warmup_steps", "1", "--learning_rate", "3e-3", "--seed", "7", "--report_to", "none"]
@@ -255,7 +256,7 @@ def formatter(tiny_base_dir: Path) -> ChatFormatter:
 
 
 def metrics_of(held_out: HeldOutSet, scores: list[float]) -> dict[str, Any]:
-    loss = Objective("contrastive", 1.0, 1.0).group_losses
+    loss = partial(group_losses, Objective("contrastive", 1.0, 1.0))
     return held_out_metrics(held_out, np.array(scores, dtype=np.float32), loss=loss)
 
 
@@ -422,15 +423,15 @@ def test_ranking_ties_and_nulls() -> None:
 
 def test_what_cannot_be_had_is_refused_with_the_cure(formatter: ChatFormatter) -> None:
     held_out = encode_held_out(HeldOutRecords([make_record(0)], None, {}), formatter)
-    assert resolve_ranking(held_out, "bsr/length", patience=0, load_best_at_end=False) == Ranking("bsr/length")
-    assert resolve_ranking(held_out, "none", patience=0, load_best_at_end=False) is None
-    assert resolve_ranking(None, "constrained_accuracy", patience=0, load_best_at_end=False) is None
+    assert resolve_ranking(held_out, EvaluationSettings(metric_for_best="bsr/length")) == Ranking("bsr/length")
+    assert resolve_ranking(held_out, EvaluationSettings(metric_for_best="none")) is None
+    assert resolve_ranking(None, EvaluationSettings(metric_for_best="constrained_accuracy")) is None
     with pytest.raises(ContrastRMError, match="it gives: constrained_accuracy, accuracy"):
-        resolve_ranking(held_out, "bsr/sycophancy", patience=0, load_best_at_end=False)
+        resolve_ranking(held_out, EvaluationSettings(metric_for_best="bsr/sycophancy"))
     with pytest.raises(ContrastRMError, match="early_stopping_patience 2 needs held-out data.*--held_out_share"):
-        resolve_ranking(None, "accuracy", patience=2, load_best_at_end=False)
+        resolve_ranking(None, EvaluationSettings(early_stopping_patience=2))
     with pytest.raises(ContrastRMError, match="--load_best_at_end 1 needs a metric"):
-        resolve_ranking(held_out, "none", patience=0, load_best_at_end=True)
+        resolve_ranking(held_out, EvaluationSettings(metric_for_best="none", load_best_at_end=True))
 
 
 def test_best_folder_is_whole_or_not_there(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from pathlib import Path
 
 import pytest
 
+from codes.common.settings import flag_values
+from codes.train.settings import TrainSettings
 from tests.conftest import launch_training
 
 REPO = Path(__file__).resolve().parent.parent
@@ -141,7 +143,7 @@ VARIANTS = [
     ("run_training", {"NUM_PROCESSES": "2"}),
     ("run_training", {"NUM_PROCESSES": "2", "DEEPSPEED_CONFIG": "none"}),
     ("run_training", {"CUDA_VISIBLE_DEVICES": "4,5"}),
-    ("run_training", {"LORA_RANK": "8", "LORA_TARGET_MODULES": "q_proj,v_proj", "MERGE_LORA": "0"}),
+    ("run_training", {"LORA_RANK": "8", "METRIC_FOR_BEST": "none"}),
     ("run_training", {"NUM_MACHINES": "2", "MAIN_PROCESS_IP": "10.0.0.7", "MAIN_PROCESS_PORT": "29500"}),
     ("run_evaluation_rm", {}),
     ("run_evaluation_rm", {"BIAS_TYPE": "length", "DTYPE": "bfloat16"}),
@@ -241,6 +243,14 @@ def test_every_knob_changes_the_command(name: str, environment: dict[str, str]) 
         after = printed(name, {**environment, knob: value})
         assert after != before, f"{name}: {knob} has no effect"
         assert knob in CHOICES or any(value in word for words in after for word in words)
+
+
+def test_every_setting_of_training_is_a_knob_or_a_documented_flag() -> None:
+    settings = flag_values(TrainSettings())
+    knobs = {knob.lower() for knob in knobs_of("run_training")}
+    documented = set(re.findall(r"--(\w+)", (REPO / "docs" / "training.md").read_text()))
+    assert set(settings) - knobs - documented == set()
+    assert len(knobs) <= 40
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)

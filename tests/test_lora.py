@@ -20,8 +20,9 @@ from codes.common.packing import build_pack
 from codes.common.scoring import Scorer
 from codes.train.engine import make_optimizer
 from codes.train.lora import LoraSettings
-from codes.train.memory import PLANNED_SHARE, activation_bytes_per_token, choose_token_budget, state_bytes
 from codes.train.reward_model import RewardModel, load_reward_model, save_reward_model
+from codes.train.settings import OptimizerSettings
+from codes.train.token_budget import PLANNED_SHARE, activation_bytes_per_token, choose_token_budget, state_bytes
 from tests.conftest import chatml_tokenizer, llama_tokenizer, save_tiny, tiny_config
 from tests.test_reward_model import CONVERSATIONS, save_bert
 from tests.test_training import assert_same_weights, losses, train_here, weights
@@ -93,7 +94,7 @@ def test_only_the_adapter_and_the_head_are_trained_and_have_masters(tiny_base_di
     # Two layers of seven projections, two factors each, and the head.
     assert len(names) == 2 * 7 * 2 + 1
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    optimizer = make_optimizer(model, learning_rate=1e-3, weight_decay=0.01, master_weights=True)
+    optimizer = make_optimizer(model, OptimizerSettings(learning_rate=1e-3), master_weights=True)
     masters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     assert len(masters) == len(names) and {master.dtype for master in masters} == {torch.float32}
     # Seeded: every rank of a run starts with the same adapter.

@@ -15,12 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 from codes.common.chat import ChatFormatter, Conversation, EncodedText
+from codes.common.cli import share
 from codes.common.errors import ContrastRMError
 from codes.common.scoring import Scorer
 from codes.train.data_utils import Group
-from codes.train.losses import contrastive_loss, margin_loss
-from codes.train.objective import Objective, bias_numbers, share_below_one
+from codes.train.losses import contrastive_loss, group_losses, margin_loss, row_weights_and_margins
 from codes.train.reward_model import load_reward_model
+from codes.train.settings import Objective, bias_numbers
 from codes.train.train_reward_model import main
 from tests.conftest import finish, launch_training
 
@@ -85,15 +86,15 @@ def test_weights_and_margins_of_rows() -> None:
     objective = Objective(
         "pairwise", 1.0, 1.0, bias_weights={"length": 2.0, "original": 0.5}, bias_margins={"length": 3.0}
     )
-    weights, margins = objective.row_numbers(groups)
+    weights, margins = row_weights_and_margins(objective, groups)
     assert weights.tolist() == [0.5, 2.0, 1.0, 1.0, 2.0, 1.0]
     assert margins.tolist() == [0.5, 4.0, 1.0, 0.0, 4.0, 0.0]
     # Contrastive mode has no margin of its own.
-    _, margins = Objective("contrastive", 1.0, 1.0, bias_margins={"length": 3.0}).row_numbers(groups)
+    _, margins = row_weights_and_margins(Objective("contrastive", 1.0, 1.0, bias_margins={"length": 3.0}), groups)
     assert margins.tolist() == [0.5, 3.0, 0.0, 0.0, 3.0, 0.0]
-    _, margins = Objective("contrastive", 1.0, 1.0, row_margins="ignore").row_numbers(groups)
+    _, margins = row_weights_and_margins(Objective("contrastive", 1.0, 1.0, row_margins="ignore"), groups)
     assert margins is None
-    assert Objective("pairwise", 1.0, 1.0).row_numbers(groups[1:]) == (None, None)
+    assert row_weights_and_margins(Objective("pairwise", 1.0, 1.0), groups[1:]) == (None, None)
 
 
 def test_group_losses_are_the_losses_of_the_numbers() -> None:
@@ -102,11 +103,11 @@ def test_group_losses_are_the_losses_of_the_numbers() -> None:
     sizes = torch.tensor([3, 2])
     options: dict[str, Any] = {"bias_weights": {"length": 2.0}, "label_smoothing": 0.1}
     weights = torch.tensor([1.0, 2.0, 1.0, 1.0, 1.0], dtype=torch.float64)
-    hinge = Objective("pairwise", 0.5, 1.0, **options).group_losses(scores, sizes, groups)
+    hinge = group_losses(Objective("pairwise", 0.5, 1.0, **options), scores, sizes, groups)
     margins = torch.tensor([0.5, 1.0, 0.0, 1.0, 0.0], dtype=torch.float64)
     expected = margin_loss(scores, sizes, 1.0, weights=weights, margins=margins, label_smoothing=0.1)
     torch.testing.assert_close(hinge, expected)
-    centred = Objective("contrastive", 0.5, 1.0, centering=0.01, **options).group_losses(scores, sizes, groups)
+    centred = group_losses(Objective("contrastive", 0.5, 1.0, centering=0.01, **options), scores, sizes, groups)
     margins = torch.tensor([0.5, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
     plain = contrastive_loss(scores, sizes, 0.5, weights=weights, margins=margins, label_smoothing=0.1)
     penalty = torch.tensor([(0.4**2 + 0.1**2) / 2, 1.5**2], dtype=torch.float64)
@@ -123,12 +124,7 @@ def test_numbers_of_biases_are_parsed() -> None:
         bias_numbers("length=x")
     for bad in ("1", "-0.1", "nan"):
         with pytest.raises(argparse.ArgumentTypeError):
-            share_below_one(bad)
-
-
-def test_an_unknown_choice_is_refused() -> None:
-    with pytest.raises(ContrastRMError, match="known: contrastive, pairwise"):
-        Objective("other", 1.0, 1.0)
+            share(bad)
 
 
 # --- in training
@@ -275,6 +271,26 @@ def test_a_setting_without_effect_says_so(
     assert main([*places, *flags, "--contamination_files", "", *settings]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no effect: ")]
     assert len(lines) == 1 and said in lines[0]
+
+
+def test_a_variable_that_the_launcher_does_not_hand_on_is_named(
+    tiny_base_dir: Path, train_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("BIAS_WEIGHTS", "length=2")
+    monkeypatch.setenv("MAX_STEPS", "7")  # given as a flag, as the launcher does with its knobs
+    places = [
+        "--model_path",
+        str(tiny_base_dir),
+        "--train_file",
+        str(train_file),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    flags = [*BASE, "--cache_dir", str(tmp_path / "cache"), "--max_steps", "1", "--estimate", "1"]
+    assert main([*places, *flags, "--contamination_files", ""]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no effect: ")]
+    assert lines == ["no effect: BIAS_WEIGHTS=length=2 in the environment: it is the flag --bias_weights"]
 
 
 def test_settings_with_an_effect_are_not_named(

@@ -24,10 +24,12 @@ from transformers import (
 from codes.common.chat import ChatFormatter, Conversation
 from codes.common.records import read_preference_file
 from codes.common.scoring import Scorer
+from codes.train.batches import BatchPlan
 from codes.train.data_utils import encode_groups
-from codes.train.model_card import base_of, model_card
+from codes.train.report import base_of, model_card
 from codes.train.reward_model import PAD_TOKEN, load_reward_model, save_reward_model
-from codes.train.trainer import Objective, Schedule, Trainer
+from codes.train.settings import Objective, OptimizerSettings, TrainSettings
+from codes.train.trainer import Trainer
 from tests.conftest import chatml_tokenizer, llama_tokenizer, qwen_tokenizer, save_tiny, tiny_config
 from tests.test_reward_model import save_bert
 from tests.test_training import train_here
@@ -286,26 +288,19 @@ def test_an_overflow_in_fp16_skips_the_step_and_the_run_goes_on(
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
         prepared, optimizer = accelerator.prepare(model, optimizer)
         plan = [list(range(10))] * 40
+        settings = TrainSettings(
+            output_dir=str(tmp_path),
+            seed=1,
+            objective=Objective("contrastive", 0.5, 1.0),
+            optimizer=OptimizerSettings(1e-3, warmup_steps=1),
+        )
+        n_tokens = np.array([group.n_tokens for group in groups])
         trainer = Trainer(
+            settings,
+            BatchPlan(groups, plan, n_tokens, n_tokens, "shared", tokenizer.pad_token_id, max_tokens=10**6),
             accelerator=accelerator,
             model=prepared,
             optimizer=optimizer,
-            groups=groups,
-            plan=plan,
-            costs=[group.n_tokens for group in groups],
-            packing="shared",
-            objective=Objective("contrastive", 0.5, 1.0),
-            schedule=Schedule(1e-3, 1, len(plan)),
-            global_batch_size=10,
-            micro_batch_size=0,
-            max_tokens_per_batch=10**6,
-            max_grad_norm=1.0,
-            seed=1,
-            pad_id=tokenizer.pad_token_id,
-            output_dir=tmp_path,
-            save_steps=0,
-            keep_checkpoints=1,
-            logging_steps=1,
             fingerprint={},
         )
         before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

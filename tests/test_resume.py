@@ -164,29 +164,6 @@ def test_checkpoints_by_the_clock(flags: Callable[..., list[str]], tmp_path: Pat
     assert list_checkpoints(tmp_path / "late") == []
 
 
-def test_parts_of_a_run_are_remembered(tiny_base_dir: Path, train_file: Path, tmp_path: Path) -> None:
-    """``Trainer.parts`` survive in ``extra``; a part that the checkpoint does not know starts anew."""
-    from codes.train.trainer import Trainer
-
-    class Counter:
-        def __init__(self) -> None:
-            self.seen = 0
-
-        def state_dict(self) -> dict[str, Any]:
-            return {"seen": self.seen}
-
-        def load_state_dict(self, state: dict[str, Any]) -> None:
-            self.seen = state["seen"]
-
-    first, second = Trainer.__new__(Trainer), Trainer.__new__(Trainer)
-    counter, again, other = Counter(), Counter(), Counter()
-    counter.seen = 3
-    first.step, first.log, first.parts = 7, [{"step": 7}], {"counter": counter}
-    second.parts = {"counter": again, "other": other}
-    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert (second.step, second.saved_step, second.log, again.seen, other.seen) == (7, 7, [{"step": 7}], 3, 0)
-
-
 def test_two_runs_do_not_share_a_folder(flags: Callable[..., list[str]], tmp_path: Path) -> None:
     out = tmp_path / "out"
     with hold_folder(str(out)):

@@ -18,7 +18,7 @@ import pytest
 from codes.common.chat import ChatFormatter
 from codes.common.errors import ContrastRMError
 from codes.common.scoring import Scorer
-from codes.train import memory
+from codes.train.engine import offloaded, zero_stage
 from codes.train.reward_model import load_reward_model
 from codes.train.train_reward_model import build_parser, main
 from tests.conftest import REPO_ROOT, finish, launch_training
@@ -195,12 +195,12 @@ def test_deepspeed_reads_every_configuration(file: Path) -> None:
 
 
 def test_the_estimate_reads_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (memory.zero_stage(), memory.offloaded()) == (None, set())
+    assert (zero_stage(), offloaded()) == (None, set())
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     found = {}
     for file in CONFIGS:
         monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
-        found[file.stem] = (memory.zero_stage(), memory.offloaded())
+        found[file.stem] = (zero_stage(), offloaded())
     assert found == {
         "ds_z2_config": (2, set()),
         "ds_z2_offload_config": (2, {"optimizer"}),

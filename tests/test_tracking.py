@@ -18,7 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from codes.common.errors import ContrastRMError
 from codes.train.plots import draw_training_curves, running_mean
-from codes.train.tracking import Trackers, check_trackers, public_config, tracker_names
+from codes.train.settings import tracker_names
+from codes.train.tracking import Trackers, check_trackers, public_config
 from codes.train.train_reward_model import build_parser, main
 
 NEEDS_WANDB = "wandb is not installed here (pip install wandb): it is by flag only"

@@ -27,13 +27,11 @@ from codes.common.records import read_preference_file
 from codes.common.scoring import Scorer, resolve_packing
 from codes.train.batches import collate_groups, count_micro_steps, shard_step
 from codes.train.data_utils import Group, encode_groups
-from codes.train.engine import resolve_precision
-from codes.train.master_weights import MasterAdamW
-from codes.train.memory import activation_bytes_per_token, choose_token_budget, state_bytes
+from codes.train.engine import MasterAdamW, Schedule, resolve_precision
 from codes.train.reward_model import load_reward_model
 from codes.train.sources import draw_epoch
+from codes.train.token_budget import activation_bytes_per_token, choose_token_budget, state_bytes
 from codes.train.train_reward_model import main
-from codes.train.trainer import Schedule
 from tests.conftest import REPO_ROOT, finish, launch_training, run_module
 
 BASE = ["--precision", "fp32", "--epochs", "2", "--warmup_steps", "1", "--learning_rate", "3e-3", "--seed", "7"]

@@ -18,17 +18,17 @@ import torch
 from transformers import LlamaForCausalLM
 
 from codes.common.scoring import resolve_packing
-from codes.train import memory
-from codes.train.batches import collate_groups, count_micro_steps, pack_groups, shard_step
+from codes.common.settings import settings_from
+from codes.train import token_budget
+from codes.train.batches import BatchPlan, collate_groups, pack_groups
 from codes.train.checkpoints import STATE_FILE, recorded_budget
 from codes.train.draws import Draws
 from codes.train.lora import lora_settings
-from codes.train.memory import LEAST_TOKENS
-from codes.train.objective import Objective, take_objective
 from codes.train.reward_model import RewardModel, load_reward_model
+from codes.train.settings import Objective, TrainSettings
+from codes.train.token_budget import LEAST_TOKENS, heaviest_batch, lower_budget, try_token_budget
 from codes.train.train_reward_model import build_parser, main, train
 from codes.train.training_data import open_training_data
-from codes.train.trial import heaviest_batch, lower_budget, try_token_budget
 from tests.conftest import REPO_ROOT, WORDS, chatml_tokenizer, finish, save_tiny, tiny_config
 
 CPU = torch.device("cpu")
@@ -51,10 +51,7 @@ run(lambda _=None: main(sys.argv[3:]) if sys.argv[2] == "flag" else train_trying
 
 def train_trying(*flags: str) -> int:
     """Train as ``main`` does, with the budget tried on a CPU too."""
-    options = vars(build_parser().parse_args([*flags]))
-    del options["estimate"]
-    options["attn_implementation"] = None
-    train(objective=take_objective(options), try_budget=True, **options)
+    train(settings_from(build_parser().parse_args([*flags]), TrainSettings), try_budget=True)
     return 0
 
 
@@ -104,31 +101,22 @@ def log_of(out: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in entry.items() if key != "seconds"} for entry in entries]
 
 
-def draws_of(base: Path, data: Path, cache: Path, **options: Any) -> Draws:
-    defaults: dict[str, Any] = {"chat_template": "", "max_length": 0, "overlength": "drop", "negatives": "all"}
-    defaults |= {
-        "max_rejected": 0,
-        "global_batch_size": 16,
-        "epochs": 1,
-        "max_steps": 0,
-        "seed": 1,
-        "limit": 0,
-        "max_bad_rows": 0,
-    }
-    return open_training_data(
-        train_file=str(data),
-        model_path=str(base),
-        trust_remote_code=False,
-        objective=OBJECTIVE,
-        cache_dir=str(cache),
-        **(defaults | options),
-    ).draws
+def draws_of(base: Path, data: Path, cache: Path, *extra: str) -> Draws:
+    args = ["--model_path", str(base), "--train_file", str(data), "--cache_dir", str(cache), "--max_length", "0"]
+    args += ["--global_batch_size", "16", "--epochs", "1", "--seed", "1", *extra]
+    return open_training_data(settings_from(build_parser().parse_args(args), TrainSettings)).draws
 
 
-def try_here(model: RewardModel, draws: Draws, packing: str, **options: Any) -> int:
-    settings: dict[str, Any] = {"budget": 4096, "precision": "fp32", "world_size": 1, "micro_batch_size": 0}
-    settings["objective"] = OBJECTIVE
-    return try_token_budget(model, draws, CPU, packing=packing, pad_id=0, **(settings | options))
+def plan_of(draws: Draws, packing: str, *, max_tokens: int, world_size: int = 1, most: int = 0) -> BatchPlan:
+    return BatchPlan(draws, draws.plan, draws.costs(packing), draws.n_tokens, packing, 0, max_tokens, most, world_size)
+
+
+def try_here(
+    model: RewardModel, draws: Draws, packing: str, *, world_size: int = 1, precision: str = "fp32",
+    objective: Objective = OBJECTIVE,
+) -> int:  # fmt: skip
+    plan = plan_of(draws, packing, max_tokens=4096, world_size=world_size)
+    return try_token_budget(model, plan, draws, CPU, objective=objective, precision=precision)
 
 
 @pytest.mark.parametrize("packing", ["shared", "packed", "off"])
@@ -136,11 +124,9 @@ def try_here(model: RewardModel, draws: Draws, packing: str, **options: Any) -> 
 def test_no_rank_computes_more_than_what_is_tried(
     tiny_base_dir: Path, train_file: Path, tmp_path: Path, packing: str, world_size: int, most: int
 ) -> None:
-    draws = draws_of(tiny_base_dir, train_file, tmp_path / "cache", global_batch_size=7, epochs=3)
-    limits: dict[str, Any] = {"micro_batch_size": most, "world_size": world_size}
-    heaviest, n_tokens = heaviest_batch(draws, packing=packing, max_tokens=2500, **limits)
-    costs, by_length = draws.costs(packing), packing == "off"
-    micro_steps = count_micro_steps(draws.plan, costs, max_tokens=2500, by_length=by_length, **limits)
+    draws = draws_of(tiny_base_dir, train_file, tmp_path / "cache", "--global_batch_size", "7", "--epochs", "3")
+    plan = plan_of(draws, packing, max_tokens=2500, world_size=world_size, most=most)
+    heaviest, n_tokens = heaviest_batch(plan, draws)
 
     def computed(indices: tuple[int, ...]) -> int:
         groups = [draws[index] for index in indices]
@@ -152,7 +138,7 @@ def test_no_rank_computes_more_than_what_is_tried(
         computed(batch.groups)
         for step in draws.plan
         for rank in range(world_size)
-        for batch in shard_step(step, costs, micro_steps=micro_steps, rank=rank, by_length=by_length, **limits)
+        for batch in plan.micro_batches(step, rank)
     ]
     # Prompts of different groups share a beginning too, which a pack of them does not compute twice.
     slack = 40 * len(heaviest.groups) if packing == "shared" else 0
@@ -224,7 +210,7 @@ def test_weights_that_do_not_fit_whole_are_not_tried(
     with pytest.raises(AttributeError):
         try_here(model, draws, "off", precision="fp16", world_size=8, objective=nonsense)
     # There the host holds most of the state, and a device few of the weights at a time.
-    monkeypatch.setattr(memory, "ZERO3_LIVE_PARAMETERS", 1000)
+    monkeypatch.setattr(token_budget, "ZERO3_LIVE_PARAMETERS", 1000)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(REPO_ROOT / "configs" / "ds_z3_offload_config.json"))
     assert try_here(model, draws, "off", precision="fp16", world_size=8, objective=nonsense) == 4096

@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks.common import (
     PeakMemory,
@@ -38,12 +40,19 @@ from codes.common.errors import ContrastRMError
 from codes.common.packing import Pack, build_pack, plan_packs
 from codes.common.records import read_preference_file
 from codes.common.scoring import Scorer, collate_texts, default_token_budget, resolve_packing
-from codes.train.batches import count_micro_steps, group_costs, pack_groups, shard_step
+from codes.train.batches import BatchPlan, group_costs, pack_groups
 from codes.train.data_utils import Group, encode_groups
-from codes.train.engine import keeps_master_weights, make_accelerator, prepare, set_accumulation, training_device
-from codes.train.objective import Objective
+from codes.train.engine import (
+    Schedule,
+    keeps_master_weights,
+    make_accelerator,
+    prepare,
+    set_accumulation,
+    training_device,
+)
 from codes.train.reward_model import load_reward_model
-from codes.train.trainer import Schedule, Trainer
+from codes.train.settings import Objective, OptimizerSettings, TrainSettings
+from codes.train.trainer import Trainer
 
 PACKINGS = ("shared", "packed", "off")
 # What the trainer calls the precisions of the peers.
@@ -97,51 +106,44 @@ def build_trainer(
         raise ContrastRMError(f"{records_file}: {report.n_without_negatives} records have no rejected answer")
     n_steps = warmup_steps + whole_steps(len(groups), groups_per_step, warmup_steps, steps)
     plan = [list(range(step * groups_per_step, (step + 1) * groups_per_step)) for step in range(n_steps)]
-    costs = group_costs(groups, packing)
-    micro_steps = count_micro_steps(
-        plan, costs, max_tokens=max_tokens_per_batch, world_size=1, by_length=packing == "off"
+    optimizer_settings = OptimizerSettings(learning_rate=learning_rate, weight_decay=0.01, max_grad_norm=1.0)
+    settings = TrainSettings(
+        output_dir=str(output_dir),
+        seed=0,
+        objective=Objective("contrastive", temperature, 0.0),
+        optimizer=optimizer_settings,
     )
-    accelerator = make_accelerator(precision="fp32" if masters else precision)
-    set_accumulation(accelerator, micro_steps, max_grad_norm=1.0)
-    prepared_model, optimizer = prepare(
-        accelerator, model, learning_rate=learning_rate, weight_decay=0.01, master_weights=masters
-    )
-    return Trainer(
+    batches = batch_plan(groups, plan, packing, max_tokens_per_batch, tokenizer.pad_token_id)
+    accelerator = make_accelerator(precision=precision)
+    set_accumulation(accelerator, batches.micro_steps, max_grad_norm=1.0)
+    prepared_model, optimizer = prepare(accelerator, model, optimizer_settings, precision=precision)
+    trainer = Trainer(
+        settings,
+        batches,
         accelerator=accelerator,
         model=prepared_model,
         optimizer=optimizer,
-        groups=groups,
-        plan=plan,
-        costs=costs,
-        packing=packing,
-        objective=Objective("contrastive", temperature, 0.0),
-        schedule=ConstantRate(learning_rate, 0, n_steps),
-        global_batch_size=groups_per_step,
-        micro_batch_size=0,
-        max_tokens_per_batch=max_tokens_per_batch,
-        max_grad_norm=1.0,
-        seed=0,
-        pad_id=tokenizer.pad_token_id,
-        output_dir=output_dir,
-        save_steps=0,
-        keep_checkpoints=1,
-        logging_steps=1,
         fingerprint={},
     )
+    trainer.schedule = ConstantRate(learning_rate, 0, n_steps)
+    return trainer
+
+
+def batch_plan(
+    groups: Sequence[Group], plan: Sequence[Sequence[int]], packing: str, max_tokens: int, pad_id: int
+) -> BatchPlan:
+    """The plan of one process, as the trainer takes it."""
+    n_tokens = np.array([group.n_tokens for group in groups])
+    return BatchPlan(groups, plan, group_costs(groups, packing), n_tokens, packing, pad_id, max_tokens)
 
 
 def micro_batches(
     groups: Sequence[Group], plan: Sequence[Sequence[int]], packing: str, max_tokens: int
 ) -> list[list[list[Group]]]:
     """The groups of every micro-batch of every step, as the trainer makes them."""
-    costs, by_length = group_costs(groups, packing), packing == "off"
-    micro_steps = count_micro_steps(plan, costs, max_tokens=max_tokens, world_size=1, by_length=by_length)
+    batches = batch_plan(groups, plan, packing, max_tokens, pad_id=0)
     return [
-        [
-            [groups[index] for index in batch.groups]
-            for batch in shard_step(step, costs, micro_steps=micro_steps, rank=0, world_size=1, by_length=by_length)
-        ]
-        for step in plan
+        [[groups[index] for index in batch.groups] for batch in batches.micro_batches(step, rank=0)] for step in plan
     ]
 
 
@@ -200,7 +202,8 @@ def run_training(
             max_tokens_per_batch=budget,
             output_dir=Path(scratch),
         )
-        plan, trainer.plan = trainer.plan, trainer.plan[:warmup_steps]
+        plan = trainer.plan
+        trainer.plan = replace(plan, steps=plan.steps[:warmup_steps])
         trainer.train()
         # It goes on where it stopped.
         trainer.plan = plan
@@ -210,10 +213,10 @@ def run_training(
         seconds = now(place) - begin
         peak = memory.fields()
         compiled = n_compiled() - compiled_before
-    timed = [trainer.groups[index] for step in plan[warmup_steps:] for index in step]
+    timed = [plan.groups[index] for step in plan.steps[warmup_steps:] for index in step]
     batches, shared_batches = (
-        [batch for step in micro_batches(trainer.groups, plan, way, budget)[warmup_steps:] for batch in step]
-        for way in (trainer.packing, "shared")
+        [batch for step in micro_batches(plan.groups, plan.steps, way, budget)[warmup_steps:] for batch in step]
+        for way in (plan.packing, "shared")
     )
     useful = sum(packs_flops(model_path, (pack_groups(batch, share=True, on_gpu=False) for batch in shared_batches)))
     fields = {
@@ -228,7 +231,7 @@ def run_training(
         "learning_rate": learning_rate,
         "gradient_checkpointing": gradient_checkpointing,
         "temperature": temperature,
-        "packing": trainer.packing,
+        "packing": plan.packing,
         "max_tokens_per_batch": budget,
         "micro_steps": trainer.accelerator.gradient_accumulation_steps,
         "n_compiled_while_timed": compiled,
@@ -239,7 +242,9 @@ def run_training(
         n_groups=len(timed),
         n_answers=sum(len(group.texts) for group in timed),
         n_tokens=sum(group.n_tokens for group in timed),
-        n_computed_tokens=computed_tokens(batches, trainer.packing, on_gpu=place.type == "cuda", pad_id=trainer.pad_id),
+        n_computed_tokens=computed_tokens(
+            batches, trainer.plan.packing, on_gpu=place.type == "cuda", pad_id=trainer.plan.pad_id
+        ),
     )
     # Forward, and twice as much backward.
     write_line(fields | result | peak | flops_fields(3 * useful, seconds) | model_fields(model_path), output_file)

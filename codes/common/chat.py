@@ -13,26 +13,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from codes.common.errors import ContrastRMError
 from codes.common.records import Message, messages_to_text
+from codes.common.settings import OVERLENGTH_POLICIES
 
-Overlength = Literal["drop", "left", "keep_end", "error"]
-OVERLENGTH_POLICIES: tuple[str, ...] = get_args(Overlength)
 ENCODE_CHUNK = 1024
 # Templates that can be given by name to a tokenizer that has none.
 KNOWN_TEMPLATES: Mapping[str, str] = {
     "chatml": "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 }
-TEMPLATE_HELP = (
-    f"for a tokenizer without a chat template, or instead of its own: a Jinja file, {', '.join(KNOWN_TEMPLATES)}, or the name of "
-    "one of its own; empty: its own"
-)
 OTHER_TEMPLATE = "give another template (--chat_template)"
 
 

@@ -149,11 +149,14 @@ def natural_or_auto(text: str) -> int | str:
     return text if text == "auto" else natural(text)
 
 
-def share_or_auto(text: str) -> float | str:
-    """Argparse type: a share of at least 0 and below 1, or ``auto``."""
-    if text == "auto":
-        return text
+def share(text: str) -> float:
+    """Argparse type: at least 0 and below 1."""
     value = float(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not a share of at least 0 and below 1")
     return value
+
+
+def share_or_auto(text: str) -> float | str:
+    """Argparse type: a share of at least 0 and below 1, or ``auto``."""
+    return text if text == "auto" else share(text)

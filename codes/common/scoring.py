@@ -29,12 +29,12 @@ from codes.common.packing import build_pack, plan_packs
 from codes.common.ranks import Ranks
 from codes.common.rope import RopeLimit
 from codes.common.score_store import ScoreStore
+from codes.common.settings import PACKINGS
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 __all__ = [
-    "PACKINGS",
     "Conversation",
     "Invariance",
     "ScoreResult",
@@ -46,7 +46,6 @@ __all__ = [
     "resolve_packing",
 ]
 
-PACKINGS = ("auto", "shared", "packed", "off")
 # A difference between a text alone and in its batch, in standard deviations of the scores, that rounding does not explain.
 ROUNDING_OF_FLOAT32 = 0.01
 ROUNDING_OF_HALF = 0.25

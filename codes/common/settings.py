@@ -35,6 +35,14 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 Settings = TypeVar("Settings")
 
+# Choices that several stages have, here because the modules that act on them are heavy.
+OVERLENGTH_POLICIES = ("drop", "left", "keep_end", "error")
+PACKINGS = ("auto", "shared", "packed", "off")
+TEMPLATE_HELP = (
+    "for a tokenizer without a chat template, or instead of its own: a Jinja file, chatml, or the name of one of its own; "
+    "empty: its own"
+)
+
 
 def setting(
     default: Any = MISSING,

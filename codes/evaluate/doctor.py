@@ -29,8 +29,6 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from codes.common.base_model import resolve_model_path
 from codes.common.biases import PAIRWISE, eval_file_name
 from codes.common.chat import (
-    OVERLENGTH_POLICIES,
-    TEMPLATE_HELP,
     ChatFormatter,
     Conversation,
     EncodedText,
@@ -41,6 +39,7 @@ from codes.common.cli import natural, run
 from codes.common.errors import ContrastRMError
 from codes.common.records import read_bias_file
 from codes.common.scoring import ROUNDING_OF_FLOAT32, ROUNDING_OF_HALF, Scorer, collate_texts
+from codes.common.settings import OVERLENGTH_POLICIES, TEMPLATE_HELP
 from codes.evaluate.scorer_setup import choose_device, snapshot_folder
 from codes.train.reward_model import (
     DTYPES,

@@ -29,14 +29,15 @@ import transformers
 from huggingface_hub import snapshot_download
 
 from codes.common.base_model import model_hash, resolve_model_path
-from codes.common.chat import OVERLENGTH_POLICIES, TEMPLATE_HELP, ChatFormatter, Conversation, RefusedTexts
+from codes.common.chat import ChatFormatter, Conversation, RefusedTexts
 from codes.common.cli import is_first_process, natural
 from codes.common.errors import ContrastRMError
 from codes.common.ranks import Ranks, join_launch, local_device
 from codes.common.records import ReadReport, ensure_writable_folder, file_sha256, too_many_bad, write_json
 from codes.common.reporting import run_metadata
 from codes.common.score_store import STORE_FILE, ScoreStore
-from codes.common.scoring import PACKINGS, Invariance, Scorer, ScoreResult, count_tied
+from codes.common.scoring import Invariance, Scorer, ScoreResult, count_tied
+from codes.common.settings import OVERLENGTH_POLICIES, PACKINGS, TEMPLATE_HELP
 from codes.evaluate.api import RemoteScorer, TextScorer
 from codes.evaluate.baselines import BASELINES, BaselineScorer, baseline_of
 from codes.train.reward_model import DTYPES, RewardModel, embedding_rows, load_reward_model, own_length_limit

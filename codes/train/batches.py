@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -169,26 +170,80 @@ def collate_groups(
     return collate_texts(rows, pad_id), *group_tensors(groups, weights)
 
 
-def score_batch(
-    model: Callable[..., torch.Tensor],
-    groups: Sequence[Group],
-    weights: Sequence[float],
-    *,
-    packing: str,
-    pad_id: int,
-    device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute the scores of whole groups.
+@dataclass(frozen=True, eq=False)
+class BatchPlan:
+    """What every optimizer step computes, and how it is cut into micro-batches: the same on every rank.
 
-    Returns:
-        Scores ``(N,)`` in the order of ``collate_groups``, on the device; group sizes ``(G,)`` on the CPU; weights ``(G,)`` on
-        the device.
+    Attributes:
+        groups: All groups that the steps name.
+        steps: Indices of the groups of every step.
+        costs: ``(K,)`` computed tokens of every group, by ``packing``.
+        n_tokens: ``(K,)`` tokens of every group's texts.
+        packing: ``shared``, ``packed`` or ``off``.
+        pad_id: Fills padded rows.
+        max_tokens: Computed tokens of a micro-batch. A heavier group is computed alone.
+        micro_batch_size: Most groups of a micro-batch; 0: no such limit.
+        steps_per_epoch: Steps of a whole epoch.
     """
-    if packing == "off":
-        inputs, group_sizes, group_weights = collate_groups(groups, weights, pad_id)
-        scores = model(**{key: value.to(device, non_blocking=True) for key, value in inputs.items()})
-    else:
-        pack = pack_groups(groups, share=packing == "shared", on_gpu=device.type == "cuda").to(device)
-        group_sizes, group_weights = group_tensors(groups, weights)
-        scores = model(pack.input_ids, layout=pack.layout, ends=pack.ends)
-    return scores, group_sizes, group_weights.to(device, non_blocking=True)
+
+    groups: Sequence[Group]
+    steps: Sequence[Sequence[int]]
+    costs: Sequence[int] | np.ndarray
+    n_tokens: np.ndarray
+    packing: str
+    pad_id: int
+    max_tokens: int
+    micro_batch_size: int = 0
+    world_size: int = 1
+    steps_per_epoch: int = 1
+
+    @cached_property
+    def micro_steps(self) -> int:
+        """Micro-batches of every step on each rank."""
+        return count_micro_steps(
+            self.steps,
+            self.costs,
+            max_tokens=self.max_tokens,
+            world_size=self.world_size,
+            micro_batch_size=self.micro_batch_size,
+            by_length=self.packing == "off",
+        )
+
+    def micro_batches(self, step: Sequence[int], rank: int, micro_steps: int | None = None) -> list[MicroBatch]:
+        """A rank's micro-batches of one step.
+
+        Args:
+            micro_steps: Other than the plan's.
+        """
+        return shard_step(
+            step,
+            self.costs,
+            micro_steps=micro_steps or self.micro_steps,
+            rank=rank,
+            world_size=self.world_size,
+            micro_batch_size=self.micro_batch_size,
+            by_length=self.packing == "off",
+        )
+
+    def tokens_of(self, step: Sequence[int]) -> int:
+        """Tokens of the texts of a step's groups."""
+        return int(self.n_tokens[np.asarray(step)].sum())
+
+    def score(
+        self, model: Callable[..., torch.Tensor], batch: MicroBatch, device: torch.device
+    ) -> tuple[list[Group], torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Compute a micro-batch.
+
+        Returns:
+            Its groups; their scores ``(N,)`` in the order of ``collate_groups``, on the device; group sizes ``(G,)`` int64 on
+            the CPU; weights ``(G,)`` float32 on the device.
+        """
+        groups = [self.groups[index] for index in batch.groups]
+        if self.packing == "off":
+            inputs, group_sizes, weights = collate_groups(groups, batch.weights, self.pad_id)
+            scores = model(**{key: value.to(device, non_blocking=True) for key, value in inputs.items()})
+        else:
+            pack = pack_groups(groups, share=self.packing == "shared", on_gpu=device.type == "cuda").to(device)
+            group_sizes, weights = group_tensors(groups, batch.weights)
+            scores = model(pack.input_ids, layout=pack.layout, ends=pack.ends)
+        return groups, scores, group_sizes, weights.to(device, non_blocking=True)

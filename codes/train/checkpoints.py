@@ -8,7 +8,6 @@ Used by ``python -m codes.train.train_reward_model`` (``--save_steps``, ``--save
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,14 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object, load
 from safetensors import SafetensorError
 
-from codes.common.cli import is_first_process, non_negative_float
+from codes.common.cli import is_first_process
 from codes.common.errors import ContrastRMError
 from codes.common.files import hold, permit, sync
 from codes.common.records import ensure_writable_folder, file_sha256, write_json
+from codes.train.engine import LoadedModel, Schedule, keeps_master_weights
+from codes.train.held_out import HeldOutSet
+from codes.train.reward_model import RewardModel, saved_bytes
+from codes.train.settings import TrainSettings
 from codes.train.signals import is_lost_peer
 
 STATE_FILE = "trainer_state.json"
@@ -45,14 +49,6 @@ HASH_THREADS = 4
 ONLY_DATA, NOT_ONLY_DATA = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 # What torch's writer says, without an errno, when the disk refuses a part of a file.
 WRITE_FAILURE = re.compile(r"PytorchStreamWriter|PytorchFileWriter|inline_container|iostream|file write failed", re.I)
-
-
-def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the checkpoints that go by the clock."""
-    group = parser.add_argument_group("checkpoints")
-    group.add_argument(
-        "--save_minutes", type=non_negative_float, default=0.0, help="a checkpoint this often at least; 0: not by time"
-    )
 
 
 @contextmanager
@@ -277,6 +273,46 @@ def check_same_run(what: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any
     )
 
 
+def run_fingerprint(
+    settings: TrainSettings,
+    accelerator: Accelerator,
+    loaded: LoadedModel,
+    schedule: Schedule,
+    data: Mapping[str, Any],
+    held_out: HeldOutSet | None,
+) -> dict[str, Any]:
+    """What must be the same where a checkpoint is continued; JSON. What changes nothing of what is learned is left out.
+
+    Args:
+        data: Of the training data.
+    """
+    optimizer, options, metric = settings.optimizer, settings.model, settings.evaluation.metric_for_best
+    lora = [options.lora_rank, options.lora_alpha, options.lora_dropout, options.lora_target_modules]
+    return {
+        **data,
+        "model_path": options.model_path,
+        "overlength": settings.data.overlength,
+        "negatives": settings.data.negatives,
+        "max_rejected": settings.data.max_rejected,
+        **asdict(settings.objective),
+        "global_batch_size": optimizer.global_batch_size,
+        "learning_rate": optimizer.learning_rate,
+        "weight_decay": optimizer.weight_decay,
+        "warmup_steps": schedule.warmup_steps,
+        "total_steps": schedule.total_steps,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "precision": loaded.precision,
+        # Their checkpoints hold more than the others'.
+        "master_weights": keeps_master_weights(loaded.precision),
+        "seed": settings.seed,
+        "lora": lora if options.lora_rank else None,
+        "frozen": frozen_digest(loaded.model),
+        "held_out": None if held_out is None else held_out.digest,
+        "metric_for_best": None if held_out is None or metric == "none" else metric,
+        **engine_fingerprint(accelerator),
+    }
+
+
 def engine_fingerprint(accelerator: Accelerator) -> dict[str, Any]:
     """Who can read a checkpoint: plain ones every number of processes, DeepSpeed's the same stage and number only."""
     if not _is_deepspeed(accelerator):
@@ -324,13 +360,13 @@ def make_way(output_dir: Path, names: Sequence[str]) -> None:
         os.replace(path, aside / path.name)
 
 
-def ensure_space(output_dir: Path, n_bytes: int) -> None:
+def ensure_space(output_dir: Path, model: RewardModel) -> None:
     """Before hours of work: does the finished model fit on the disk?
 
     Raises:
         ContrastRMError: It does not.
     """
-    disk = shutil.disk_usage(output_dir)
+    disk, n_bytes = shutil.disk_usage(output_dir), saved_bytes(model)
     # Some network file systems do not know their size.
     if disk.total and disk.free < n_bytes:
         raise ContrastRMError(

@@ -27,7 +27,6 @@ from codes.train.sources import Source, read_source
 # Source of the length: Brown et al. 2020 (arXiv 2005.14165), appendix C.
 NGRAM = 13
 CONTAMINATION_FILE = "contamination.jsonl"
-DEFAULT_FILES = "data/eval/*.jsonl,data/eval/public/*.jsonl,data/eval/reward_bench/*.jsonl"
 _POWERS = np.array([pow(0x100000001B3, power, 2**64) for power in range(NGRAM)], dtype=np.uint64)
 
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from codes.common.chat import ChatFormatter, Conversation, EncodedText, RefusedTexts
 from codes.common.errors import ContrastRMError
 from codes.common.records import PreferenceRecord
-
-NEGATIVES = ("all", "original")
+from codes.train.settings import NEGATIVES
 
 
 @dataclass(frozen=True)

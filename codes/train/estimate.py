@@ -13,15 +13,12 @@ from typing import Any
 import numpy as np
 
 from codes.common.biases import INJECTABLE
-from codes.common.errors import ContrastRMError
 from codes.common.records import ensure_writable_folder, write_json
 from codes.common.reporting import run_metadata
 from codes.train.batches import count_micro_steps
-from codes.train.contamination import CONTAMINATION_FILE, check_contamination, describe, expand_files
-from codes.train.held_out import aside_of, split_questions
-from codes.train.objective import ORIGINAL, Objective
-from codes.train.sources import parse_sources
-from codes.train.training_data import TrainingData, open_training_data
+from codes.train.contamination import describe
+from codes.train.settings import ORIGINAL, TrainSettings
+from codes.train.training_data import TrainingData, find_contamination, split_training_data, stop_on_contamination
 
 ESTIMATE_FILE = "data_estimate.json"
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
@@ -29,27 +26,8 @@ PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 PADDED_GROUPS = 8
 
 
-def estimate(
-    *,
-    output_dir: str,
-    objective: Objective,
-    contamination_files: str,
-    fail_on_contamination: bool,
-    max_tokens_per_batch: int,
-    micro_batch_size: int,
-    train_file: str,
-    seed: int,
-    limit: int,
-    max_bad_rows: int,
-    held_out_share: float | str,
-    eval_file: str,
-    bias_eval_dir: str,
-    **options: Any,
-) -> dict[str, Any]:
-    """Report on the data of a run; the arguments are the command line's.
-
-    Args:
-        options: The other arguments of ``open_training_data``.
+def estimate(settings: TrainSettings) -> dict[str, Any]:
+    """Report on the data of a run.
 
     Returns:
         What ``data_estimate.json`` holds.
@@ -57,54 +35,36 @@ def estimate(
     Raises:
         ContrastRMError: Unusable data, or contamination where that is to stop.
     """
-    folder = ensure_writable_folder(output_dir)
-    rows: dict[str, Any] = {"seed": seed, "limit": limit, "max_bad_rows": max_bad_rows}
+    folder = ensure_writable_folder(settings.output_dir)
     # What training would hold out is no part of its epochs.
-    split = split_questions(
-        parse_sources(train_file), share=held_out_share, eval_file=eval_file, bias_eval_dir=bias_eval_dir, **rows
-    )
-    data = open_training_data(train_file=train_file, objective=objective, aside=aside_of(split), **rows, **options)
-    found = check_contamination(
-        data.sources,
-        expand_files(contamination_files),
-        folder / CONTAMINATION_FILE,
-        max_bad_rows=max_bad_rows,
-        limit=limit,
-    )
+    data, _ = split_training_data(settings)
+    contamination = find_contamination(settings, data)
+    draws = data.draws
     result = {
-        "model_path": options["model_path"],
+        "model_path": settings.model.model_path,
         "max_length": data.max_length,
-        "overlength": options["overlength"],
-        "negatives": options["negatives"],
+        "overlength": settings.data.overlength,
+        "negatives": settings.data.negatives,
         "sources": data.source_rows(),
         "lengths": length_table(data),
-        "epoch": data.draws.epoch_counts(),
+        "epoch": draws.epoch_counts(),
         "computed_tokens": computed_tokens(data),
         "steps": {
-            "steps_per_epoch": data.draws.steps_per_epoch,
-            "total_steps": data.draws.total_steps,
-            "global_batch_size": options["global_batch_size"],
-            "n_tokens": int(sum(data.draws.n_tokens[step.start : step.stop].sum() for step in data.draws.plan)),
-            "micro_steps": _micro_steps(data, max_tokens_per_batch, micro_batch_size),
+            "steps_per_epoch": draws.steps_per_epoch,
+            "total_steps": draws.total_steps,
+            "global_batch_size": settings.optimizer.global_batch_size,
+            "n_tokens": int(sum(draws.n_tokens[step.start : step.stop].sum() for step in draws.plan)),
+            "micro_steps": _micro_steps(data, settings.compute.max_tokens_per_batch, settings.compute.micro_batch_size),
         },
-        "contamination": found,
+        "contamination": contamination,
         "metadata": run_metadata(),
     }
     write_json(folder / ESTIMATE_FILE, result)
     left_out = [f"bad row left out: {message}" for message in data.bad]
     idle = [f"no effect: {setting}" for setting in data.without_effect]
     print("\n".join([*left_out, *idle, *report_lines(result)]), flush=True)
-    stop_on_contamination(found, fail_on_contamination)
+    stop_on_contamination(contamination, settings.data.fail_on_contamination)
     return result
-
-
-def stop_on_contamination(found: dict[str, Any], fail: bool) -> None:
-    """Raise a ``ContrastRMError`` where evaluation questions were met and that is to stop the run."""
-    if fail and found["n_contaminated_records"]:
-        raise ContrastRMError(
-            f"contaminated: {describe(found)}; take these records out of the training data, or set "
-            "--fail_on_contamination 0"
-        )
 
 
 def _micro_steps(data: TrainingData, max_tokens: int, micro_batch_size: int) -> dict[str, int] | None:
@@ -179,41 +139,46 @@ def computed_tokens(data: TrainingData) -> dict[str, Any]:
     }
 
 
+# Column of the table of sources -> field of its row in the result.
+SOURCE_COLUMNS = {
+    "rows": "n_rows",
+    "bad": "n_bad_rows",
+    "held out": "n_aside",
+    "records": "n_records",
+    "groups": "n_groups",
+    "an epoch": "groups_an_epoch",
+    "texts": "n_texts",
+    "tokens": "n_tokens",
+    "groups too long": "n_dropped_groups",
+    "texts cut": "n_truncated_texts",
+    "no negative": "n_without_negatives",
+    "same as chosen": "n_equal_texts",
+}
+
+
 def report_lines(result: dict[str, Any]) -> list[str]:
     """The estimate as a person reads it."""
+    return [*_source_lines(result["sources"]), *_length_lines(result), *_computation_lines(result)]
+
+
+def _source_lines(sources: Sequence[dict[str, Any]]) -> list[str]:
     lines = ["", "sources"]
-    columns = (
-        "rows",
-        "bad",
-        "held out",
-        "records",
-        "groups",
-        "an epoch",
-        "texts",
-        "tokens",
-        "groups too long",
-        "texts cut",
-        "no negative",
-        "same as chosen",
-    )
-    keys = (
-        "n_rows", "n_bad_rows", "n_aside", "n_records", "n_groups", "groups_an_epoch", "n_texts", "n_tokens", "n_dropped_groups",
-        "n_truncated_texts", "n_without_negatives", "n_equal_texts",
-    )  # fmt: skip
-    rows = [[row["location"], *(f"{row[key]:,}" for key in keys)] for row in result["sources"]]
-    lines += _table(["", *columns], rows)
-    names = [name for name in (ORIGINAL, *INJECTABLE) if any(name in row["biases"] for row in result["sources"])]
+    rows = [[row["location"], *(f"{row[key]:,}" for key in SOURCE_COLUMNS.values())] for row in sources]
+    lines += _table(["", *SOURCE_COLUMNS], rows)
+    names = [name for name in (ORIGINAL, *INJECTABLE) if any(name in row["biases"] for row in sources)]
     lines += ["", "rejected answers by injected bias"]
-    lines += _table(
-        ["", *names],
-        [[row["location"], *(f"{row['biases'].get(name, 0):,}" for name in names)] for row in result["sources"]],
-    )
-    for row in result["sources"]:
+    rows = [[row["location"], *(f"{row['biases'].get(name, 0):,}" for name in names)] for row in sources]
+    lines += _table(["", *names], rows)
+    for row in sources:
         verdicts = ", ".join(f"{name} {count:,}" for name, count in row["verdicts"].items())
         margins = f"; margins on {row['n_margins']:,} answers of {row['n_with_margin']:,} groups"
         turns = f"; {row['n_multi_turn']:,} of several turns, {row['n_system']:,} with a system prompt"
         lines.append(f"{row['location']}: verdicts {verdicts}{turns}{margins if row['n_margins'] else ''}")
-    lengths = result["lengths"]
+    return lines
+
+
+def _length_lines(result: dict[str, Any]) -> list[str]:
+    lengths, sources = result["lengths"], result["sources"]
     titles = {
         "texts_before_the_limit": "text",
         "groups": "group",
@@ -221,21 +186,24 @@ def report_lines(result: dict[str, Any]) -> list[str]:
         "rejected_of_a_group": "rejected a group",
     }
     heads = ["mean", *(f"p{share}" for share in PERCENTILES)]
-    lines += ["", "lengths in tokens"]
-    lines += _table(
-        ["", *heads], [[title, *(f"{lengths[key].get(head, 0):,}" for head in heads)] for key, title in titles.items()]
-    )
+    rows = [[title, *(f"{lengths[key].get(head, 0):,}" for head in heads)] for key, title in titles.items()]
     limit = "no limit" if result["max_length"] is None else f"limit {result['max_length']} ({result['overlength']})"
-    lines.append(
+    return [
+        "",
+        "lengths in tokens",
+        *_table(["", *heads], rows),
         f"{limit}: {lengths['n_texts_over_the_limit']:,} of {lengths['n_texts_before_the_limit']:,} texts are longer; "
-        f"{sum(row['n_dropped_texts'] for row in result['sources']):,} texts and "
-        f"{sum(row['n_dropped_groups'] for row in result['sources']):,} groups dropped, "
-        f"{sum(row['n_truncated_texts'] for row in result['sources']):,} texts cut "
-        f"({sum(row['n_answer_cut'] for row in result['sources']):,} in the answer)"
-    )
+        f"{sum(row['n_dropped_texts'] for row in sources):,} texts and "
+        f"{sum(row['n_dropped_groups'] for row in sources):,} groups dropped, "
+        f"{sum(row['n_truncated_texts'] for row in sources):,} texts cut "
+        f"({sum(row['n_answer_cut'] for row in sources):,} in the answer)",
+    ]
+
+
+def _computation_lines(result: dict[str, Any]) -> list[str]:
     tokens, steps, epoch = result["computed_tokens"], result["steps"], result["epoch"]
     padded = tokens[f"padded_in_batches_of_{PADDED_GROUPS}_groups"]
-    lines += [
+    return [
         "",
         f"an epoch: {epoch['n_groups']:,} groups ({epoch['n_repeated_groups']:,} again, {epoch['n_groups_left_out']:,} left "
         f"out), {epoch['n_texts']:,} texts, {epoch['n_not_drawn']:,} rejected answers not drawn",
@@ -247,7 +215,6 @@ def report_lines(result: dict[str, Any]) -> list[str]:
         f"{'WARNING: ' if result['contamination']['n_contaminated_records'] else ''}contamination: "
         f"{describe(result['contamination'])}",
     ]
-    return lines
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

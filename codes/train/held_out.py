@@ -15,7 +15,6 @@ the public format the biased pair is the rewritten one.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
@@ -34,7 +33,6 @@ from codes.common import questions as questions_module
 from codes.common import records as records_module
 from codes.common.biases import PAIRWISE, eval_file_name
 from codes.common.chat import ChatFormatter, Conversation, EncodedText, RefusedTexts
-from codes.common.cli import share_or_auto
 from codes.common.errors import ContrastRMError
 from codes.common.questions import question_key, row_question, user_text
 from codes.common.records import (
@@ -64,21 +62,6 @@ FINAL_DATA = Path(__file__).resolve().parents[2] / "data" / "eval"
 AUTO_SHARE = 0.05
 AUTO_MOST_QUESTIONS = 1000
 AUTO_FEWEST_QUESTIONS = 10
-
-
-def add_held_out_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags that say which data is held out."""
-    group = parser.add_argument_group("held-out data")
-    group.add_argument(
-        "--held_out_share",
-        type=share_or_auto,
-        default="auto",
-        help="share of the training questions that is held out; auto: 5 %%, at most 1000, none below 10; 0: none",
-    )
-    group.add_argument("--eval_file", default="", help="held-out preference records instead of a split")
-    group.add_argument(
-        "--bias_eval_dir", default="", help="<bias>_bias.jsonl files that measure bias instead of injected answers"
-    )
 
 
 Row = TypeVar("Row", PreferenceRecord, BiasRecord)

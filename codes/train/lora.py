@@ -6,7 +6,6 @@ transformers loads. The score head is always trained and always saved. Used by `
 
 from __future__ import annotations
 
-import argparse
 import copy
 import warnings
 from collections.abc import Mapping
@@ -22,7 +21,6 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import set_zero3_state
 
-from codes.common.cli import natural, positive
 from codes.common.errors import ContrastRMError
 
 ADAPTER_FOLDER = "adapter"
@@ -51,24 +49,6 @@ class LoraSettings:
     merge: bool
     base_model: str
     seed: int
-
-
-def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of a run with an adapter."""
-    group = parser.add_argument_group("LoRA")
-    group.add_argument("--lora_rank", type=natural, default=0, help="0: train all weights")
-    group.add_argument("--lora_alpha", type=positive, default=32, help="the adapter counts alpha / rank")
-    group.add_argument("--lora_dropout", type=share, default=0.0)
-    group.add_argument("--lora_target_modules", default=ALL_LINEAR, help="all-linear, or names: q_proj,v_proj")
-    group.add_argument("--merge_lora", type=int, choices=(0, 1), default=1, help="0: save the adapter alone")
-
-
-def share(text: str) -> float:
-    """Argparse type: at least 0 and below 1."""
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a number from 0 up to, but not including, 1")
-    return value
 
 
 def lora_settings(

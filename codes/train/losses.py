@@ -1,4 +1,4 @@
-"""The objectives, as pure functions over flat scores.
+"""What is minimised: the losses as pure functions over flat scores, and the objective that a run's settings choose among them.
 
 Rows of a group stand together as ``[rejected_1 ... rejected_n, chosen]``; ``group_sizes`` says how many rows each group
 has. Every function returns one loss per group, so that the caller can normalise by the global number of groups in a step.
@@ -10,8 +10,27 @@ has. Every function returns one loss per group, so that the caller can normalise
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
+
+from codes.common.errors import ContrastRMError
+from codes.train.settings import ORIGINAL, Objective
+
+
+class Answers(Protocol):
+    """What the objective reads of a group beside its scores; parallel to its rejected answers."""
+
+    @property
+    def bias_types(self) -> Sequence[str | None]:
+        """The bias injected into each; None: none."""
+
+    @property
+    def margins(self) -> Sequence[float | None]:
+        """The record's own margins; empty: none."""
 
 
 def _group_layout(scores: torch.Tensor, group_sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -212,3 +231,122 @@ def centering_loss(scores: torch.Tensor, group_sizes: torch.Tensor) -> torch.Ten
     """
     index, chosen = _group_layout(scores, group_sizes)
     return _mean_of_rejected((scores[chosen][index] + scores).square(), index, chosen, group_sizes, None)
+
+
+def objective_loss(
+    objective: Objective,
+    scores: torch.Tensor,
+    group_sizes: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    margins: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One loss per group, ``(G,)``: the one that the settings name, and ``centering`` times ``centering_loss``.
+
+    Args:
+        scores: ``(N,)``, groups one after another, the chosen row last in its group.
+        group_sizes: ``(G,)`` int64.
+        weights, margins: ``(N,)`` as ``row_weights_and_margins`` makes them; None: all alike.
+    """
+    options: dict[str, Any] = {
+        "weights": weights,
+        "margins": margins,
+        "label_smoothing": objective.label_smoothing,
+    }
+    if objective.mode == "contrastive":
+        losses = contrastive_loss(scores, group_sizes, objective.temperature, **options)
+    elif objective.pairwise_loss == "hinge":
+        losses = margin_loss(scores, group_sizes, objective.margin, **options)
+    else:
+        losses = bradley_terry_loss(scores, group_sizes, objective.margin, **options)
+    if objective.centering:
+        losses = losses + objective.centering * centering_loss(scores, group_sizes)
+    return losses
+
+
+def group_losses(
+    objective: Objective, scores: torch.Tensor, group_sizes: torch.Tensor, groups: Sequence[Answers]
+) -> torch.Tensor:
+    """``objective_loss`` with the weights and margins of these groups."""
+    weights, margins = (
+        None if row is None else row.to(scores.device, scores.dtype, non_blocking=True)
+        for row in row_weights_and_margins(objective, groups)
+    )
+    return objective_loss(objective, scores, group_sizes, weights, margins)
+
+
+def row_weights_and_margins(
+    objective: Objective, groups: Sequence[Answers]
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Weights and margins of all rows, ``(N,)`` float32 each; None where all rows are alike.
+
+    A chosen row gets weight 1 and margin 0; neither is read.
+
+    Example: two rejected answers, the second one with a length cue, under ``bias_weights={"length": 2.0}`` -> weights
+    [1, 2, 1], margins None.
+    """
+    weights: torch.Tensor | None = None
+    margins: torch.Tensor | None = None
+    if objective.bias_weights:
+        weights = _row_tensor(
+            [*(objective.bias_weights.get(bias or ORIGINAL, 1.0) for bias in group.bias_types), 1.0] for group in groups
+        )
+    has_row_margins = objective.row_margins == "use" and any(
+        margin is not None for group in groups for margin in group.margins
+    )
+    if objective.bias_margins or has_row_margins:
+        margins = _row_tensor([*_margins(objective, group), 0.0] for group in groups)
+    return weights, margins
+
+
+def _margins(objective: Objective, group: Answers) -> list[float]:
+    base = objective.margin if objective.mode == "pairwise" else 0.0
+    own = group.margins if objective.row_margins == "use" and group.margins else (None,) * len(group.bias_types)
+    return [
+        (base if margin is None else margin) + objective.bias_margins.get(bias or ORIGINAL, 0.0)
+        for margin, bias in zip(own, group.bias_types, strict=True)
+    ]
+
+
+def _row_tensor(rows: Any) -> torch.Tensor:
+    return torch.from_numpy(np.array([number for row in rows for number in row], dtype=np.float32))
+
+
+def check_an_answer_counts(objective: Objective, biases: Mapping[str, int]) -> None:
+    """Refuse weights under which no answer counts.
+
+    Args:
+        biases: How many rejected answers the groups have of each bias (``original``: of none).
+
+    Raises:
+        ContrastRMError: Every one of them has weight 0.
+    """
+    present = [name for name, count in biases.items() if count]
+    if present and all(objective.bias_weights.get(name, 1.0) == 0 for name in present):
+        raise ContrastRMError(
+            f"--bias_weights gives weight 0 to every rejected answer of the data ({', '.join(sorted(present))}): "
+            "nothing would be learned; give at least one of them a weight above 0"
+        )
+
+
+def without_effect(objective: Objective, biases: Mapping[str, int], *, n_margins: int) -> list[str]:
+    """Settings that can change nothing on this data, each with the reason.
+
+    Args:
+        biases: As in ``check_an_answer_counts``.
+        n_margins: Rejected answers that have a margin of their own.
+    """
+    idle = []
+    for option, numbers, neutral in (
+        ("bias_weights", objective.bias_weights, 1.0),
+        ("bias_margins", objective.bias_margins, 0.0),
+    ):
+        absent = [name for name, number in numbers.items() if number != neutral and not biases.get(name)]
+        if absent:
+            has = ", ".join(sorted(name for name, count in biases.items() if count))
+            idle.append(
+                f"--{option} of {', '.join(absent)}: training sees no such answers (it sees {has}; --negatives original "
+                "leaves the others out)"
+            )
+    if objective.row_margins == "ignore" and not n_margins:
+        idle.append("--row_margins ignore: no record has a margin")
+    return idle

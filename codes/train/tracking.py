@@ -7,7 +7,6 @@ Used by ``python -m codes.train.train_reward_model`` (``--report_to``).
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
 import json
@@ -25,35 +24,14 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from codes.common.errors import ContrastRMError, optional
 from codes.common.records import write_json
 from codes.common.reporting import markdown_table
+from codes.train.settings import TRACKERS
 
-# Name of a tracker -> the modules of which it needs one.
-TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "swanlab": ("swanlab",)}
 TENSORBOARD_FOLDER = "tensorboard"
 RUN_FILE = "tracking.json"
 PROJECT = "contrastrm"
 
 _SECRET_NAME = re.compile(r"(^|[_-])(token|secret|password|passwd|credentials?|(api_?)?key)$", re.IGNORECASE)
 _URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
-
-
-def add_tracking_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flag that names the trackers."""
-    parser.add_argument_group("tracking").add_argument(
-        "--report_to",
-        type=tracker_names,
-        default=["tensorboard"],
-        metavar="NAMES",
-        help=f"comma-separated: {', '.join(TRACKERS)}; none: the JSONL logs alone (default: tensorboard)",
-    )
-
-
-def tracker_names(text: str) -> list[str]:
-    """Argparse type: comma-separated names of trackers, or ``none``."""
-    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    unknown = [name for name in names if name not in (*TRACKERS, "none")]
-    if unknown or not names or ("none" in names and len(names) > 1):
-        raise argparse.ArgumentTypeError(f"{text!r}: give any of {', '.join(TRACKERS)}, separated by commas, or none")
-    return [name for name in names if name != "none"]
 
 
 def check_trackers(names: Sequence[str]) -> None:

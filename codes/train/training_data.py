@@ -1,27 +1,36 @@
-"""From ``--train_file`` to the groups of a run: sources, tokenizer, cache and draws put together, and their flags.
+"""From ``--train_file`` to the groups of a run: sources, tokenizer, cache, draws and held-out questions put together.
 
 Used by ``python -m codes.train.train_reward_model``, for training and for ``--estimate 1``.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from codes.common.chat import ChatFormatter
-from codes.common.cli import natural
 from codes.common.errors import ContrastRMError
-from codes.train.contamination import DEFAULT_FILES
+from codes.train.contamination import CONTAMINATION_FILE, check_contamination, describe, expand_files
 from codes.train.data_cache import Aside, TokenCache, load_training_groups, tokenizer_sha256
 from codes.train.data_utils import EncodeReport
 from codes.train.draws import Draws
-from codes.train.objective import Objective
+from codes.train.held_out import (
+    HeldOutRecords,
+    HeldOutSet,
+    QuestionSplit,
+    aside_of,
+    encode_held_out,
+    gather_held_out,
+    split_questions,
+)
+from codes.train.losses import check_an_answer_counts, without_effect
 from codes.train.reward_model import embedding_rows, load_without_weights, own_length_limit
+from codes.train.settings import Objective, TrainSettings
 from codes.train.sources import Source, SourceIdentity, combined_sha256, parse_sources
 
 
@@ -98,26 +107,7 @@ class TrainingData:
         return rows
 
 
-def open_training_data(
-    *,
-    train_file: str,
-    model_path: str,
-    chat_template: str,
-    trust_remote_code: bool,
-    max_length: int,
-    overlength: str,
-    negatives: str,
-    objective: Objective,
-    max_rejected: int,
-    global_batch_size: int,
-    epochs: int,
-    max_steps: int,
-    seed: int,
-    limit: int,
-    max_bad_rows: int,
-    cache_dir: str,
-    aside: Aside | None = None,
-) -> TrainingData:
+def open_training_data(settings: TrainSettings, *, aside: Aside | None = None) -> TrainingData:
     """Read and tokenise the sources (or find them tokenised), and draw the groups of the run.
 
     No model weights are needed, only configuration and tokenizer.
@@ -125,39 +115,123 @@ def open_training_data(
     Raises:
         ContrastRMError: Anything that is wrong with the data, named with its place.
     """
-    if seed >= 2**32:
-        raise ContrastRMError(f"--seed {seed} is too large: numpy and torch take seeds below 2**32")
-    if not cache_dir.strip():
+    options, optimizer = settings.data, settings.optimizer
+    if settings.seed >= 2**32:
+        raise ContrastRMError(f"--seed {settings.seed} is too large: numpy and torch take seeds below 2**32")
+    if not options.cache_dir.strip():
         raise ContrastRMError("--cache_dir is empty: name a folder for the tokenised data")
-    sources = parse_sources(train_file)
+    sources = parse_sources(options.train_file)
     shape, tokenizer = load_without_weights(
-        model_path, chat_template=chat_template, trust_remote_code=trust_remote_code
+        settings.model.model_path,
+        chat_template=settings.model.chat_template,
+        trust_remote_code=settings.model.trust_remote_code,
     )
     own_limit = own_length_limit(shape, tokenizer)
-    limit_in_force = min((length for length in (max_length, own_limit) if length), default=None)
+    limit_in_force = min((length for length in (options.max_length, own_limit) if length), default=None)
     formatter = ChatFormatter(
-        tokenizer, max_length=limit_in_force, overlength=overlength, n_embeddings=embedding_rows(shape, tokenizer)
+        tokenizer,
+        max_length=limit_in_force,
+        overlength=options.overlength,
+        n_embeddings=embedding_rows(shape, tokenizer),
     )
     cache = load_training_groups(
         sources,
         formatter,
-        cache_dir=cache_dir,
-        negatives=negatives,
-        limit=limit,
-        max_bad_rows=max_bad_rows,
+        cache_dir=options.cache_dir,
+        negatives=options.negatives,
+        limit=options.limit,
+        max_bad_rows=options.max_bad_rows,
         aside=aside,
     )
     draws = Draws(
         cache,
         [source.weight for source in sources],
-        global_batch_size=global_batch_size,
-        epochs=epochs,
-        max_steps=max_steps,
-        seed=seed,
-        max_rejected=max_rejected,
+        global_batch_size=optimizer.global_batch_size,
+        epochs=optimizer.epochs,
+        max_steps=optimizer.max_steps,
+        seed=settings.seed,
+        max_rejected=options.max_rejected,
     )
     data = TrainingData(sources, cache, draws, limit_in_force, tokenizer_sha256(formatter))
-    return replace(data, without_effect=_without_effect(data, objective, max_rejected))
+    return replace(data, without_effect=_without_effect(data, settings.objective, options.max_rejected))
+
+
+def split_training_data(settings: TrainSettings) -> tuple[TrainingData, QuestionSplit | None]:
+    """The data of a run without what it holds out, and which questions these are.
+
+    Raises:
+        ContrastRMError: As ``open_training_data``; or nothing can be held out as asked.
+    """
+    options, held_out = settings.data, settings.held_out
+    split = split_questions(
+        parse_sources(options.train_file),
+        share=held_out.held_out_share,
+        eval_file=held_out.eval_file,
+        bias_eval_dir=held_out.bias_eval_dir,
+        seed=settings.seed,
+        max_bad_rows=options.max_bad_rows,
+        limit=options.limit,
+        cache_dir=options.cache_dir,
+    )
+    return open_training_data(settings, aside=aside_of(split)), split
+
+
+def load_data(settings: TrainSettings) -> tuple[TrainingData, HeldOutRecords | None]:
+    """The data of a run and what is held out of it, checked against the evaluation files where that is to stop a run.
+
+    Raises:
+        ContrastRMError: As ``split_training_data``; or contamination. On every rank: where one alone stops, the others wait.
+    """
+    options = settings.data
+    data, split = split_training_data(settings)
+    held_out = gather_held_out(
+        data.sources,
+        split,
+        aside_file=data.cache.aside_file,
+        eval_file=settings.held_out.eval_file,
+        bias_eval_dir=settings.held_out.bias_eval_dir,
+        max_bad_rows=options.max_bad_rows,
+        limit=options.limit,
+    )
+    if options.fail_on_contamination:
+        stop_on_contamination(find_contamination(settings, data), fail=True)
+    return data, held_out
+
+
+def encode_evaluation(
+    settings: TrainSettings, held_out: HeldOutRecords | None, formatter: ChatFormatter
+) -> HeldOutSet | None:
+    """What is held out as the model sees it, with the negatives that training sees."""
+    if held_out is None:
+        return None
+    options = settings.data
+    return encode_held_out(
+        held_out,
+        formatter,
+        negatives=options.negatives,
+        max_rejected=options.max_rejected,
+        max_bad_rows=options.max_bad_rows,
+    )
+
+
+def find_contamination(settings: TrainSettings, data: TrainingData) -> dict[str, Any]:
+    """Training questions that stand in the evaluation files; each is a line of ``contamination.jsonl``."""
+    return check_contamination(
+        data.sources,
+        expand_files(settings.data.contamination_files),
+        Path(settings.output_dir) / CONTAMINATION_FILE,
+        max_bad_rows=settings.data.max_bad_rows,
+        limit=settings.data.limit,
+    )
+
+
+def stop_on_contamination(contamination: dict[str, Any], fail: bool) -> None:
+    """Raise a ``ContrastRMError`` where evaluation questions were met and that is to stop the run."""
+    if fail and contamination["n_contaminated_records"]:
+        raise ContrastRMError(
+            f"contaminated: {describe(contamination)}; take these records out of the training data, or set "
+            "--fail_on_contamination 0"
+        )
 
 
 def _without_effect(data: TrainingData, objective: Objective, max_rejected: int) -> list[str]:
@@ -166,14 +240,13 @@ def _without_effect(data: TrainingData, objective: Objective, max_rejected: int)
     Raises:
         ContrastRMError: No answer counts.
     """
-    objective.check_against(data.biases)
-    found = objective.without_effect(
-        data.biases, n_margins=sum(counts.n_margins for counts in data.cache.source_counts)
-    )
+    check_an_answer_counts(objective, data.biases)
+    n_margins = sum(counts.n_margins for counts in data.cache.source_counts)
+    idle = without_effect(objective, data.biases, n_margins=n_margins)
     largest = int(np.diff(data.cache.group_offsets).max()) - 1
     if max_rejected and max_rejected >= largest:
-        found.append(f"--max_rejected {max_rejected}: no record has more than {largest} rejected answers")
-    return found
+        idle.append(f"--max_rejected {max_rejected}: no record has more than {largest} rejected answers")
+    return idle
 
 
 def describe_data(data: TrainingData) -> list[str]:
@@ -202,25 +275,3 @@ def describe_data(data: TrainingData) -> list[str]:
             f"{counts['n_not_drawn']} rejected answers not drawn"
         )
     return lines
-
-
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of the data that ``TrainingData`` holds, of the estimate and of the contamination check."""
-    group = parser.add_argument_group("data")
-    group.add_argument("--cache_dir", default="output/cache", help="where tokenised data is kept")
-    group.add_argument(
-        "--max_rejected", type=natural, default=0, help="rejected answers of a group that an epoch sees; 0: all"
-    )
-    group.add_argument("--estimate", type=int, choices=(0, 1), default=0, help="1: report on the data, train nothing")
-    group.add_argument(
-        "--contamination_files",
-        default=DEFAULT_FILES,
-        help="evaluation files that training questions are compared with, separated by commas",
-    )
-    group.add_argument(
-        "--fail_on_contamination",
-        type=int,
-        choices=(0, 1),
-        default=0,
-        help="1: stop (before training too) where a training question meets one of them",
-    )
