@@ -29,17 +29,22 @@ from codes.common.errors import ContrastRMError
 from codes.common.questions import question_key
 from codes.common.records import PreferenceRecord, read_preference_file, write_jsonl
 from codes.common.scoring import Conversation, Scorer, plan_packs
-from codes.train.evaluation import BestFolder, Ranking, resolve_eval_steps, resolve_ranking
+from codes.train.evaluation import (
+    BestFolder,
+    Ranking,
+    constrained_accuracy,
+    held_out_metrics,
+    metric_names,
+    resolve_eval_steps,
+    resolve_ranking,
+)
 from codes.train.held_out import (
     HeldOutRecords,
     HeldOutSet,
     aside_of,
     choose_questions,
-    constrained_accuracy,
     encode_held_out,
     gather_held_out,
-    held_out_metrics,
-    metric_names,
     split_questions,
 )
 from codes.train.losses import group_losses

@@ -174,10 +174,10 @@ def _sealed(folder: Path, path: Path) -> dict[str, Any]:
 
 def _remove(checkpoint: Path) -> None:
     # Out of sight first: half a checkpoint must not stay when the run is killed in the middle of this.
-    doomed = checkpoint.with_name(f".{checkpoint.name}.removing")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(checkpoint, doomed)
-    shutil.rmtree(doomed)
+    hidden = checkpoint.with_name(f".{checkpoint.name}.removing")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(checkpoint, hidden)
+    shutil.rmtree(hidden)
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,14 +195,14 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, fingerprint: Map
     def without_wrappers(models: list[torch.nn.Module], _folder: str) -> None:
         models[:] = [accelerator.unwrap_model(model) for model in models]
 
-    strictly = {
-        "load_module_strict" if _is_deepspeed(accelerator) else "strict": state["fingerprint"].get("frozen") is None
-    }
+    # Where weights are frozen, a checkpoint holds the others alone.
+    is_whole = state["fingerprint"].get("frozen") is None
+    strictness = {"load_module_strict" if _is_deepspeed(accelerator) else "strict": is_whole}
     try:
         with accelerator.register_load_state_pre_hook(without_wrappers), _only_data(accelerator):
             for random_state in checkpoint.glob(f"random_states_{accelerator.process_index}.pkl"):
                 load(random_state)  # accelerate would go on without a word where it cannot be read
-            accelerator.load_state(str(checkpoint), **strictly)
+            accelerator.load_state(str(checkpoint), **strictness)
     except pickle.UnpicklingError as error:
         raise ContrastRMError(
             f"{checkpoint} was not loaded: it holds more than numbers, and loading it could run code of whoever wrote it "
@@ -250,8 +250,8 @@ def recorded_budget(checkpoint: Path | None, made_for: Mapping[str, Any]) -> int
     """
     if checkpoint is None:
         return 0
-    found = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")).get("token_budget") or {}
-    return int(found["tokens"]) if found.get("made_for") == made_for else 0
+    record = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")).get("token_budget") or {}
+    return int(record["tokens"]) if record.get("made_for") == made_for else 0
 
 
 def check_same_run(what: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
@@ -351,13 +351,13 @@ def make_way(output_dir: Path, names: Sequence[str]) -> None:
             if file.is_file():
                 file.unlink()
         return
-    aside = output_dir / EARLIER_FOLDER
-    aside.mkdir(exist_ok=True)
-    # The summary last: killed before it moves, the next start goes on with this.
+    earlier = output_dir / EARLIER_FOLDER
+    earlier.mkdir(exist_ok=True)
+    # The summary last: if the run is killed before the summary has moved, the next start moves what is left.
     for path in (*files, output_dir / SUMMARY_FILE):
         if path.is_dir():
-            shutil.rmtree(aside / path.name, ignore_errors=True)
-        os.replace(path, aside / path.name)
+            shutil.rmtree(earlier / path.name, ignore_errors=True)
+        os.replace(path, earlier / path.name)
 
 
 def ensure_space(output_dir: Path, model: RewardModel) -> None:
@@ -377,10 +377,12 @@ def ensure_space(output_dir: Path, model: RewardModel) -> None:
 
 def what_is_left(output_dir: Path) -> str:
     """For the error of a run whose model could not be saved: the weights that are on disk, and how to go on."""
-    found = [path.name for path in (*list_checkpoints(output_dir)[-1:], *output_dir.glob("best-*"))]
-    if not found:
+    folders = [path.name for path in (*list_checkpoints(output_dir)[-1:], *output_dir.glob("best-*"))]
+    if not folders:
         return f"free some space in {output_dir} or choose another --output_dir"
-    return f"{', '.join(found)} in {output_dir} hold earlier weights: free some space, then --resume auto (RESUME=auto)"
+    return (
+        f"{', '.join(folders)} in {output_dir} hold earlier weights: free some space, then --resume auto (RESUME=auto)"
+    )
 
 
 def remove_unfinished(output_dir: Path) -> None:
@@ -397,8 +399,8 @@ def step_of(checkpoint: Path) -> int:
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Checkpoints by their names, oldest first. They were whole when they were written."""
-    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted((path for path in found if path.is_dir()), key=step_of)
+    named = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted((path for path in named if path.is_dir()), key=step_of)
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -418,10 +420,10 @@ def damage(checkpoint: Path) -> str | None:
             return f"{path.name} has {path.stat().st_size} bytes instead of {size}"
     try:
         with ThreadPoolExecutor(HASH_THREADS) as pool:
-            found = list(pool.map(lambda entry: file_sha256(entry[0]), listed))
+            digests = list(pool.map(lambda entry: file_sha256(entry[0]), listed))
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
-    changed = [path.name for (path, _, expected), digest in zip(listed, found, strict=True) if digest != expected]
+    changed = [path.name for (path, _, expected), digest in zip(listed, digests, strict=True) if digest != expected]
     return f"{changed[0]} has changed since it was written" if changed else None
 
 
@@ -468,10 +470,10 @@ def _choose_here(resume: str, output_dir: Path) -> Path | None:
         if problem is None:
             print(f"resuming from {checkpoint}", flush=True)
             return checkpoint
-        aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(checkpoint, aside)
-        print(f"{checkpoint} is damaged: {problem}; renamed to {aside.name}, trying the one before it", flush=True)
+        damaged = checkpoint.with_name(f"{checkpoint.name}.damaged")
+        shutil.rmtree(damaged, ignore_errors=True)
+        os.replace(checkpoint, damaged)
+        print(f"{checkpoint} is damaged: {problem}; renamed to {damaged.name}, trying the one before it", flush=True)
     print(f"no whole checkpoint in {output_dir}: starting at step 0", flush=True)
     return None
 

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -27,13 +28,18 @@ from codes.common.errors import ContrastRMError, optional
 from codes.common.records import write_json, write_text
 from codes.common.reporting import number, rate_cell
 from codes.common.scoring import Scorer
+from codes.common.stats import cluster_rate
+from codes.common.verdicts import Verdict, judge_pair
 from codes.train.batches import BatchPlan
 from codes.train.checkpoints import CONTINUE, disk_errors
-from codes.train.held_out import HeldOutSet, held_out_metrics, metric_names
+from codes.train.held_out import BiasPair, HeldOutGroup, HeldOutSet
 from codes.train.losses import group_losses
 from codes.train.reward_model import record_reward_scale
 from codes.train.settings import EVALUATIONS_A_RUN, EvaluationSettings, TrainSettings
 from codes.train.tracking import Trackers
+
+# Flat scores (N,), group sizes (G,) and the groups -> losses (G,).
+GroupLosses = Callable[[torch.Tensor, torch.Tensor, Sequence[HeldOutGroup]], torch.Tensor]
 
 EVAL_LOG_FILE = "eval_log.jsonl"
 BEST_FILE = "best.json"
@@ -162,9 +168,9 @@ class BestFolder:
         for folder in self.output_dir.glob("best-*"):
             if folder not in [self.path(step) for step in steps if step is not None]:
                 # Out of sight first: half a model must not stay when the run is killed in the middle of this.
-                doomed = folder.with_name(f".{folder.name}.removing")
-                os.replace(folder, doomed)
-                shutil.rmtree(doomed)
+                hidden = folder.with_name(f".{folder.name}.removing")
+                os.replace(folder, hidden)
+                shutil.rmtree(hidden)
 
 
 class HeldOutEvaluation:
@@ -289,8 +295,8 @@ class HeldOutEvaluation:
         self.evaluations = [dict(entry) for entry in state["evaluations"]]
         self.first_candidate = int(state["first_candidate"])
         best = self.best_step
-        there = [best is None or self.folder.has(best)] if self.accelerator.is_main_process else [None]
-        if not broadcast_object_list(there)[0]:
+        is_there = [best is None or self.folder.has(best)] if self.accelerator.is_main_process else [None]
+        if not broadcast_object_list(is_there)[0]:
             self.first_candidate = len(self.evaluations)
             if self.accelerator.is_main_process:
                 print(
@@ -319,3 +325,115 @@ def describe(evaluation: Mapping[str, Any]) -> str:
             f"BSR {rate_cell(entry, 'eval/bsr')} at original accuracy {rate_cell(entry, 'eval/original_accuracy')}"
         )
     return "held out: " + ", ".join(parts)
+
+
+# --- metrics ---
+
+
+def metric_names(held_out: HeldOutSet) -> list[str]:
+    """The metrics that ``held_out_metrics`` gives a value for, unless they are 0/0: what a checkpoint can be chosen by."""
+    names = ["constrained_accuracy"]
+    if held_out.groups:
+        names += ["accuracy", "accuracy_all", "loss", "score_gap"]
+    if held_out.pairs:
+        names += ["original_accuracy", "bsr"]
+        names += [f"{name}/{bias}" for bias in held_out.biases for name in ("original_accuracy", "bsr")]
+    return names
+
+
+def held_out_metrics(
+    held_out: HeldOutSet,
+    scores: np.ndarray,
+    *,
+    loss: GroupLosses,
+) -> dict[str, Any]:
+    """What the scores say, as it stands in the log; rates beside their counts and a 95 % interval clustered by question.
+
+    On groups: ``eval/accuracy``: the chosen answer outscores every rejected one without an injected bias (every one, where
+    all carry one). ``eval/accuracy_all``: it outscores every rejected answer. ``eval/score_gap``: mean of chosen minus mean
+    rejected. ``eval/score_mean``, ``eval/score_std``: of all their texts. ``eval/loss``: what training
+    minimises, over the rejected answers that it would see (``eval/loss_total`` groups have any).
+    On pairs, pooled and by bias (``/<bias>``): ``eval/original_accuracy``: original pairs right / all;
+    ``eval/bsr``: right before and wrong after the bias / right before. A tie is never right and never a flip; it is counted.
+    On both: ``eval/constrained_accuracy`` = accuracy x (1 - BSR), see ``constrained_accuracy``. A rate of 0/0 is None.
+
+    Args:
+        scores: ``(n_texts,)``, in the order of ``held_out.texts``.
+        loss: Flat scores, group sizes and the groups -> one loss per group (``losses.group_losses``).
+    """
+    metrics = _group_metrics(held_out, scores, loss) if held_out.groups else {}
+    if held_out.pairs:
+        metrics |= _pair_metrics(held_out.pairs, scores, "")
+        for bias in held_out.biases:
+            metrics |= _pair_metrics([pair for pair in held_out.pairs if pair.bias == bias], scores, f"/{bias}")
+    metrics["eval/constrained_accuracy"] = constrained_accuracy(
+        metrics.get("eval/accuracy", metrics.get("eval/original_accuracy")),
+        metrics.get("eval/bsr"),
+        bool(held_out.pairs),
+    )
+    return metrics
+
+
+def constrained_accuracy(accuracy: float | None, bsr: float | None, has_pairs: bool) -> float | None:
+    """Accuracy x (1 - pooled BSR): what is judged right and would stay right under a bias.
+
+    Neither factor alone will do: "the shorter answer wins" has a low BSR and a low accuracy, and a model that style fools has
+    a high accuracy and a high BSR. Without any pair that measures bias it is the accuracy. None where the accuracy does not
+    exist, or where there are pairs but none is right before its bias (a BSR of 0/0).
+    """
+    if accuracy is None or not has_pairs:
+        return accuracy
+    return None if bsr is None else accuracy * (1 - bsr)
+
+
+def _rate(name: str, events: Sequence[bool], among: Sequence[bool], questions: Sequence[str]) -> dict[str, Any]:
+    rate = cluster_rate([int(event) for event in events], [int(inside) for inside in among], questions)
+    interval = None if rate.ci_low is None else [rate.ci_low, rate.ci_high]
+    return {name: rate.rate, f"{name}_count": rate.count, f"{name}_total": rate.total, f"{name}_ci": interval}
+
+
+def _group_metrics(held_out: HeldOutSet, scores: np.ndarray, loss: GroupLosses) -> dict[str, Any]:
+    groups, trained = held_out.groups, held_out.as_trained
+    questions = [group.question for group in groups]
+    everything = [True] * len(groups)
+    metrics: dict[str, Any] = {}
+    verdicts = {
+        "eval/accuracy": [_verdict(scores, group.chosen, group.original or group.rejected) for group in groups],
+        "eval/accuracy_all": [_verdict(scores, group.chosen, group.rejected) for group in groups],
+    }
+    for name, judged in verdicts.items():
+        metrics |= _rate(name, [verdict == "correct" for verdict in judged], everything, questions)
+        metrics[f"{name}_ties"] = judged.count("tie")
+    gaps = [scores[group.chosen] - scores[list(group.rejected)].mean(dtype=np.float64) for group in groups]
+    every = np.array([scores[at] for group in groups for at in (*group.rejected, group.chosen)], dtype=np.float64)
+    metrics |= {
+        "eval/score_gap": float(np.mean(gaps)),
+        "eval/score_mean": float(every.mean()),
+        "eval/score_std": float(every.std(ddof=1)),
+    }
+    metrics |= {"eval/loss": None, "eval/loss_total": len(trained)}
+    if trained:
+        rows = [[*group.rejected, group.chosen] for group in trained]
+        flat = torch.tensor([float(scores[at]) for row in rows for at in row], dtype=torch.float32)
+        metrics["eval/loss"] = float(loss(flat, torch.tensor([len(row) for row in rows]), trained).mean())
+    return metrics
+
+
+def _pair_metrics(pairs: Sequence[BiasPair], scores: np.ndarray, suffix: str) -> dict[str, Any]:
+    questions = [pair.question for pair in pairs]
+    before = [_verdict(scores, pair.better, pair.others) for pair in pairs]
+    after = [_verdict(scores, pair.biased_better, (pair.biased_other,)) for pair in pairs]
+    right = [verdict == "correct" for verdict in before]
+    flipped = [was and verdict == "wrong" for was, verdict in zip(right, after, strict=True)]
+    original, bsr = f"eval/original_accuracy{suffix}", f"eval/bsr{suffix}"
+    return {
+        **_rate(original, right, [True] * len(pairs), questions),
+        f"{original}_ties": before.count("tie"),
+        **_rate(bsr, flipped, right, questions),
+        f"{bsr}_ties": sum(was and verdict == "tie" for was, verdict in zip(right, after, strict=True)),
+    }
+
+
+def _verdict(scores: np.ndarray, better: int, others: Sequence[int]) -> Verdict:
+    """Of one answer against the best of others."""
+    return judge_pair(float(scores[better]), max(float(scores[other]) for other in others))

@@ -1,4 +1,4 @@
-"""Held-out data: what is kept out of training, and what a model's scores of it say.
+"""Held-out data: what is kept out of training, and the groups and pairs that a model is evaluated on.
 
 Reads: preference records (split from the training file, or ``--eval_file``) and, if given, a folder of bias-evaluation files
 (``--bias_eval_dir``). Writes: ``held_out.jsonl`` in the run's folder. Used by ``python -m codes.train.train_reward_model``.
@@ -20,14 +20,13 @@ import json
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 
 from codes.common import questions as questions_module
 from codes.common import records as records_module
@@ -48,8 +47,6 @@ from codes.common.records import (
     too_many_bad,
     write_json,
 )
-from codes.common.stats import cluster_rate
-from codes.common.verdicts import Verdict, judge_pair
 from codes.train import sources as sources_module
 from codes.train.data_cache import Aside
 from codes.train.draws import choose_negatives
@@ -151,10 +148,6 @@ class HeldOutSet:
     def biases(self) -> list[str]:
         """The biases that it measures."""
         return sorted({pair.bias for pair in self.pairs})
-
-
-# Flat scores (N,), group sizes (G,) and the groups -> losses (G,).
-GroupLosses = Callable[[torch.Tensor, torch.Tensor, Sequence[HeldOutGroup]], torch.Tensor]
 
 
 # --- what is held out ---
@@ -431,39 +424,7 @@ def encode_held_out(
     Raises:
         ContrastRMError: Nothing is left to compare, or more bad rows than allowed.
     """
-    conversations: list[Conversation] = []
-    rows: list[str] = []
-
-    def place(messages: list[Message], answer: str, row: str) -> int:
-        conversations.append(Conversation(messages, answer))
-        rows.append(row)
-        return len(conversations) - 1
-
-    whole: list[HeldOutGroup] = []
-    pairs: list[BiasPair] = []
-    for record in data.records:
-        group = HeldOutGroup(
-            question=_key_of(record),
-            chosen=place(record.messages, record.chosen, record.place),
-            rejected=tuple(place(record.messages, answer, record.place) for answer in record.rejected),
-            bias_types=tuple(record.bias_type),
-            margins=tuple(record.margins),
-        )
-        whole.append(group)
-        if data.bias_rows is None:
-            pairs += [
-                BiasPair(bias, group.question, group.chosen, group.original, group.chosen, at)
-                for at, bias in zip(group.rejected, record.bias_type, strict=True)
-                if bias is not None
-            ]
-    for bias, some in (data.bias_rows or {}).items():
-        for row in some:
-            line = f"{Path(data.report['bias_eval_dir']) / eval_file_name(bias)}:{row.line}"
-            prompt: list[Message] = [{"role": "user", "content": row.question}]
-            sides = (row.better, 1 - row.better)
-            better, other = (place(prompt, row.original[at], line) for at in sides)
-            biased_better, biased_other = (place(prompt, row.rewritten[at], line) for at in sides)
-            pairs.append(BiasPair(bias, _key_of(row), better, (other,), biased_better, biased_other))
+    conversations, rows, whole, pairs = _comparisons(data)
     texts, refused = _encode_accepted(conversations, rows, formatter)
     if refused:
         known = data.report.setdefault("bad_rows", [])
@@ -474,32 +435,66 @@ def encode_held_out(
     dropped = {at for at, text in enumerate(texts) if text.dropped}
     groups = [group for group in (_without_dropped(group, dropped, texts) for group in whole) if group is not None]
     kept_pairs = [pair for pair in (_pair_without_dropped(pair, dropped, texts) for pair in pairs) if pair is not None]
-    held_out = HeldOutSet(
-        texts,
-        groups,
-        kept_pairs,
-        _as_trained(groups, negatives=negatives, most=max_rejected),
-        {
-            "n_groups": len(groups),
-            "n_dropped_groups": len(whole) - len(groups),
-            "n_pairs": len(kept_pairs),
-            "n_pairs_without_original": sum(not pair.others for pair in pairs),
-            "n_dropped_pairs": sum(bool(pair.others) for pair in pairs) - len(kept_pairs),
-            "n_texts": len(texts),
-            "n_dropped_texts": len(dropped),
-            "n_equal_texts": sum(
-                texts[at] == texts[group.chosen] for group in whole for at in group.rejected if at not in dropped
-            ),
-            "n_truncated_texts": sum(text.n_cut > 0 and not text.dropped for text in texts),
-        },
-    )
+    counts = {
+        "n_groups": len(groups),
+        "n_dropped_groups": len(whole) - len(groups),
+        "n_pairs": len(kept_pairs),
+        "n_pairs_without_original": sum(not pair.others for pair in pairs),
+        "n_dropped_pairs": sum(bool(pair.others) for pair in pairs) - len(kept_pairs),
+        "n_texts": len(texts),
+        "n_dropped_texts": len(dropped),
+        "n_equal_texts": sum(
+            texts[at] == texts[group.chosen] for group in whole for at in group.rejected if at not in dropped
+        ),
+        "n_truncated_texts": sum(text.n_cut > 0 and not text.dropped for text in texts),
+    }
     if not groups and not kept_pairs:
         raise ContrastRMError(
             f"nothing held out is left to compare: of {len(texts)} texts {len(dropped)} are over the length limit and "
-            f"{held_out.counts['n_equal_texts']} are those of the chosen answer once they are rendered and cut; raise "
+            f"{counts['n_equal_texts']} are those of the chosen answer once they are rendered and cut; raise "
             "--max_length, change --overlength or --chat_template, or set --held_out_share 0"
         )
-    return held_out
+    return HeldOutSet(texts, groups, kept_pairs, _as_trained(groups, negatives=negatives, most=max_rejected), counts)
+
+
+def _comparisons(
+    data: HeldOutRecords,
+) -> tuple[list[Conversation], list[str], list[HeldOutGroup], list[BiasPair]]:
+    """All texts to score, the row that each comes from, and the groups and pairs that compare them by their numbers."""
+    conversations: list[Conversation] = []
+    rows: list[str] = []
+
+    def number_of(messages: list[Message], answer: str, row: str) -> int:
+        conversations.append(Conversation(messages, answer))
+        rows.append(row)
+        return len(conversations) - 1
+
+    groups: list[HeldOutGroup] = []
+    pairs: list[BiasPair] = []
+    for record in data.records:
+        group = HeldOutGroup(
+            question=_key_of(record),
+            chosen=number_of(record.messages, record.chosen, record.place),
+            rejected=tuple(number_of(record.messages, answer, record.place) for answer in record.rejected),
+            bias_types=tuple(record.bias_type),
+            margins=tuple(record.margins),
+        )
+        groups.append(group)
+        if data.bias_rows is None:
+            pairs += [
+                BiasPair(bias, group.question, group.chosen, group.original, group.chosen, at)
+                for at, bias in zip(group.rejected, record.bias_type, strict=True)
+                if bias is not None
+            ]
+    for bias, bias_rows in (data.bias_rows or {}).items():
+        for row in bias_rows:
+            line = f"{Path(data.report['bias_eval_dir']) / eval_file_name(bias)}:{row.line}"
+            prompt: list[Message] = [{"role": "user", "content": row.question}]
+            sides = (row.better, 1 - row.better)
+            better, other = (number_of(prompt, row.original[at], line) for at in sides)
+            biased_better, biased_other = (number_of(prompt, row.rewritten[at], line) for at in sides)
+            pairs.append(BiasPair(bias, _key_of(row), better, (other,), biased_better, biased_other))
+    return conversations, rows, groups, pairs
 
 
 def _encode_accepted(
@@ -585,115 +580,3 @@ def _left_out(counts: Mapping[str, Any]) -> str:
         f"{used} of {counts['n_rows']} rows; left out: {counts['n_trained_on']} whose question is trained on, "
         f"{counts['n_final']} whose question stands in data/eval"
     )
-
-
-# --- metrics ---
-
-
-def metric_names(held_out: HeldOutSet) -> list[str]:
-    """The metrics that ``held_out_metrics`` gives a value for, unless they are 0/0: what a checkpoint can be chosen by."""
-    names = ["constrained_accuracy"]
-    if held_out.groups:
-        names += ["accuracy", "accuracy_all", "loss", "score_gap"]
-    if held_out.pairs:
-        names += ["original_accuracy", "bsr"]
-        names += [f"{name}/{bias}" for bias in held_out.biases for name in ("original_accuracy", "bsr")]
-    return names
-
-
-def held_out_metrics(
-    held_out: HeldOutSet,
-    scores: np.ndarray,
-    *,
-    loss: GroupLosses,
-) -> dict[str, Any]:
-    """What the scores say, as it stands in the log; rates beside their counts and a 95 % interval clustered by question.
-
-    On groups: ``eval/accuracy``: the chosen answer outscores every rejected one without an injected bias (every one, where
-    all carry one). ``eval/accuracy_all``: it outscores every rejected answer. ``eval/score_gap``: mean of chosen minus mean
-    rejected. ``eval/score_mean``, ``eval/score_std``: of all their texts. ``eval/loss``: what training
-    minimises, over the rejected answers that it would see (``eval/loss_total`` groups have any).
-    On pairs, pooled and by bias (``/<bias>``): ``eval/original_accuracy``: original pairs right / all;
-    ``eval/bsr``: right before and wrong after the bias / right before. A tie is never right and never a flip; it is counted.
-    On both: ``eval/constrained_accuracy`` = accuracy x (1 - BSR), see ``constrained_accuracy``. A rate of 0/0 is None.
-
-    Args:
-        scores: ``(n_texts,)``, in the order of ``held_out.texts``.
-        loss: Flat scores, group sizes and the groups -> one loss per group (``Objective.group_losses``).
-    """
-    metrics = _group_metrics(held_out, scores, loss) if held_out.groups else {}
-    if held_out.pairs:
-        metrics |= _pair_metrics(held_out.pairs, scores, "")
-        for bias in held_out.biases:
-            metrics |= _pair_metrics([pair for pair in held_out.pairs if pair.bias == bias], scores, f"/{bias}")
-    metrics["eval/constrained_accuracy"] = constrained_accuracy(
-        metrics.get("eval/accuracy", metrics.get("eval/original_accuracy")),
-        metrics.get("eval/bsr"),
-        bool(held_out.pairs),
-    )
-    return metrics
-
-
-def constrained_accuracy(accuracy: float | None, bsr: float | None, has_pairs: bool) -> float | None:
-    """Accuracy x (1 - pooled BSR): what is judged right and would stay right under a bias.
-
-    Neither factor alone will do: "the shorter answer wins" has a low BSR and a low accuracy, and a model that style fools has
-    a high accuracy and a high BSR. Without any pair that measures bias it is the accuracy. None where the accuracy does not
-    exist, or where there are pairs but none is right before its bias (a BSR of 0/0).
-    """
-    if accuracy is None or not has_pairs:
-        return accuracy
-    return None if bsr is None else accuracy * (1 - bsr)
-
-
-def _rate(name: str, events: Sequence[bool], among: Sequence[bool], questions: Sequence[str]) -> dict[str, Any]:
-    rate = cluster_rate([int(event) for event in events], [int(inside) for inside in among], questions)
-    interval = None if rate.ci_low is None else [rate.ci_low, rate.ci_high]
-    return {name: rate.rate, f"{name}_count": rate.count, f"{name}_total": rate.total, f"{name}_ci": interval}
-
-
-def _group_metrics(held_out: HeldOutSet, scores: np.ndarray, loss: GroupLosses) -> dict[str, Any]:
-    groups, trained = held_out.groups, held_out.as_trained
-    questions = [group.question for group in groups]
-    everything = [True] * len(groups)
-    metrics: dict[str, Any] = {}
-    verdicts = {
-        "eval/accuracy": [_verdict(scores, group.chosen, group.original or group.rejected) for group in groups],
-        "eval/accuracy_all": [_verdict(scores, group.chosen, group.rejected) for group in groups],
-    }
-    for name, found in verdicts.items():
-        metrics |= _rate(name, [verdict == "correct" for verdict in found], everything, questions)
-        metrics[f"{name}_ties"] = found.count("tie")
-    gaps = [scores[group.chosen] - scores[list(group.rejected)].mean(dtype=np.float64) for group in groups]
-    every = np.array([scores[at] for group in groups for at in (*group.rejected, group.chosen)], dtype=np.float64)
-    metrics |= {
-        "eval/score_gap": float(np.mean(gaps)),
-        "eval/score_mean": float(every.mean()),
-        "eval/score_std": float(every.std(ddof=1)),
-    }
-    metrics |= {"eval/loss": None, "eval/loss_total": len(trained)}
-    if trained:
-        rows = [[*group.rejected, group.chosen] for group in trained]
-        flat = torch.tensor([float(scores[at]) for row in rows for at in row], dtype=torch.float32)
-        metrics["eval/loss"] = float(loss(flat, torch.tensor([len(row) for row in rows]), trained).mean())
-    return metrics
-
-
-def _pair_metrics(pairs: Sequence[BiasPair], scores: np.ndarray, suffix: str) -> dict[str, Any]:
-    questions = [pair.question for pair in pairs]
-    before = [_verdict(scores, pair.better, pair.others) for pair in pairs]
-    after = [_verdict(scores, pair.biased_better, (pair.biased_other,)) for pair in pairs]
-    right = [verdict == "correct" for verdict in before]
-    flipped = [was and verdict == "wrong" for was, verdict in zip(right, after, strict=True)]
-    original, bsr = f"eval/original_accuracy{suffix}", f"eval/bsr{suffix}"
-    return {
-        **_rate(original, right, [True] * len(pairs), questions),
-        f"{original}_ties": before.count("tie"),
-        **_rate(bsr, flipped, right, questions),
-        f"{bsr}_ties": sum(was and verdict == "tie" for was, verdict in zip(right, after, strict=True)),
-    }
-
-
-def _verdict(scores: np.ndarray, better: int, others: Sequence[int]) -> Verdict:
-    """Of one answer against the best of others."""
-    return judge_pair(float(scores[better]), max(float(scores[other]) for other in others))

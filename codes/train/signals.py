@@ -142,10 +142,10 @@ def _leave_with_others(over: threading.Event) -> None:
     file, failure = Path(os.environ[RANKS_FILE]), f"exit {EXIT_USER_ERROR}"
     while not over.wait(0.5):
         try:
-            told = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8").splitlines()
         except OSError:  # the shell that reads it has gone
             return
-        if failure in told:
+        if failure in lines:
             # Most errors are every rank's, and each says so itself.
             if not over.wait(GRACE_SECONDS):
                 os._exit(EXIT_USER_ERROR)

@@ -216,8 +216,6 @@ def plan_batches(
 ) -> tuple[BatchPlan, dict[str, Any] | None]:
     """The plan of a run under the token budget that is set, recorded in the checkpoint, or chosen here. All ranks call it.
 
-    Switches gradient checkpointing on in the model where that is wanted.
-
     Args:
         checkpoint: Where the run goes on.
         try_budget: Whether a budget that is chosen here is tried first; None: on a GPU (on a CPU it is a cache's size, and a
@@ -234,7 +232,7 @@ def plan_batches(
         world_size=accelerator.num_processes,
         gradient_checkpointing=compute.gradient_checkpointing,
     )
-    if compute.gradient_checkpointing:
+    if compute.gradient_checkpointing:  # after the estimate, which works out what it saves
         model.gradient_checkpointing_enable()
     plan = BatchPlan(
         groups=draws,
