@@ -7,9 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from chat_server import ChatServer, Reply, answer
 
+from codes.construct.api import EMBEDDED_SERVER_VARIABLE
+
 KEY = "sk-test-0123456789abcdef0123456789"
+# Seconds to wait for a subprocess on a machine whose cores are busy with something else.
+PATIENCE = 120.0
 # Stands in every chosen answer and nowhere else: the flawless judge knows it by that.
 RIGHT = "This one is right."
 MULTI_TURN = [
@@ -18,6 +23,14 @@ MULTI_TURN = [
     {"role": "assistant", "content": "Jupiter."},
     {"role": "user", "content": "And the smallest {one}?"},
 ]
+
+
+def use_key_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment with a key and nothing else that names a model, a server or a judge's settings."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    judges = ("JUDGE_MODEL", "JUDGE_TEMPERATURE", "JUDGE_MAX_NEW_TOKENS")
+    for name in ("API_MODEL", "OPENAI_BASE_URL", EMBEDDED_SERVER_VARIABLE, *judges):
+        monkeypatch.delenv(name, raising=False)
 
 
 def words(seed: str, n: int = 30) -> str:

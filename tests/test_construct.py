@@ -17,7 +17,18 @@ from typing import Any
 
 import pytest
 from chat_server import ChatServer, Reply, answer, error, half_body
-from construct_rows import KEY, MULTI_TURN, flags, read_rows, sample_rows, words, write_rows, write_well
+from construct_rows import (
+    KEY,
+    MULTI_TURN,
+    PATIENCE,
+    flags,
+    read_rows,
+    sample_rows,
+    use_key_alone,
+    words,
+    write_rows,
+    write_well,
+)
 
 from codes.common.biases import INJECTABLE
 from codes.common.errors import ContrastRMError
@@ -38,15 +49,11 @@ from codes.construct.settings import parse_bias_types
 from codes.construct.template import TEMPLATE_VERSION
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
-# Seconds to wait for a subprocess on a machine whose cores are busy with something else.
-PATIENCE = 120.0
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    for name in ("API_MODEL", "OPENAI_BASE_URL", api.EMBEDDED_SERVER_VARIABLE):
-        monkeypatch.delenv(name, raising=False)
+    use_key_alone(monkeypatch)
 
 
 Start = Callable[[list[str]], "subprocess.Popen[str]"]

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -206,18 +208,24 @@ def test_an_answer_that_a_step_wrote_is_never_the_source_of_another(tmp_path: Pa
     sources = Counter(entry["source_index"] for row in written for entry in row["injections"][1:])  # type: ignore[index]
     # Of the two original answers now one is taken and now the other.
     assert set(sources) == {1, 2} and sources.total() == 60
+    # Which one it is hangs on the record.
+    assert len({tuple(entry["source_index"] for entry in row["injections"][1:]) for row in written}) > 2  # type: ignore[index]
+
+
+@contextmanager
+def another_process(code: str, path: Path, says: str) -> Iterator[subprocess.Popen[str]]:
+    """Python that runs some code on a path and waits inside it for a line."""
+    command = [sys.executable, "-c", f"import sys\n{code}: print('{says}', flush=True); input()", str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPO_ROOT) as other:
+        assert other.stdout is not None and other.stdout.readline() == f"{says}\n"
+        yield other
 
 
 def test_two_template_runs_share_no_work_folder(tmp_path: Path) -> None:
     write_rows(tmp_path / "in.jsonl", sample_rows(3))
     (tmp_path / "work").mkdir()
-    holder = (
-        "import sys; from codes.construct.pipeline import hold_work_dir\n"
-        "with hold_work_dir(sys.argv[1]): print('held', flush=True); input()"
-    )
-    command = [sys.executable, "-c", holder, str(tmp_path / "work")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPO_ROOT) as other:
-        assert other.stdout is not None and other.stdout.readline() == "held\n"
+    holder = "from codes.construct.pipeline import hold_work_dir\nwith hold_work_dir(sys.argv[1])"
+    with another_process(holder, tmp_path / "work", "held") as other:
         with pytest.raises(ContrastRMError, match="another run is using"):
             run_template(tmp_path, "out.jsonl")
         assert not (tmp_path / "out.jsonl").exists()
@@ -227,13 +235,8 @@ def test_two_template_runs_share_no_work_folder(tmp_path: Path) -> None:
 
 def test_what_a_killed_run_left_half_written_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
     write_rows(tmp_path / "in.jsonl", sample_rows(3))
-    writer = (
-        "import sys; from codes.common.records import open_atomic\n"
-        "with open_atomic(sys.argv[1]) as handle: print('open', flush=True); input()"
-    )
-    command = [sys.executable, "-c", writer, str(tmp_path / "out.jsonl")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPO_ROOT) as other:
-        assert other.stdout is not None and other.stdout.readline() == "open\n"
+    writer = "from codes.common.records import open_atomic\nwith open_atomic(sys.argv[1]) as handle"
+    with another_process(writer, tmp_path / "out.jsonl", "open") as other:
         (unfinished,) = tmp_path.glob(".out.jsonl.*")
         run_template(tmp_path, "out.jsonl")
         assert unfinished.exists()

@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 from chat_server import ChatServer, Reply, answer, error
-from construct_rows import KEY, MULTI_TURN, RIGHT, flags, read_rows, sample_rows, words, write_rows, write_well
+from construct_rows import (
+    MULTI_TURN,
+    RIGHT,
+    flags,
+    read_rows,
+    sample_rows,
+    use_key_alone,
+    words,
+    write_rows,
+    write_well,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,10 +35,7 @@ WORST = f"{BAD} And more than for any other."
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    judges = ("JUDGE_TEMPERATURE", "JUDGE_MAX_NEW_TOKENS")
-    for name in ("API_MODEL", "OPENAI_BASE_URL", api.EMBEDDED_SERVER_VARIABLE, *judges):
-        monkeypatch.delenv(name, raising=False)
+    use_key_alone(monkeypatch)
 
 
 # --- the verdict --------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import pytest
 from chat_server import ChatServer, Reply, answer, error
+from construct_rows import PATIENCE, read_rows, use_key_alone, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,9 +34,6 @@ from codes.construct.template import IDENTITY_SENTENCES, apply_template, draw_id
 REPO_ROOT = Path(__file__).resolve().parents[1]
 EVAL_DATA = REPO_ROOT / "data" / "eval"
 EXTERNAL = os.environ.get("CONTRASTRM_EXTERNAL_DATA")
-KEY = "sk-test-0123456789abcdef0123456789"
-# Seconds to wait for a subprocess on a machine whose cores are busy with something else.
-PATIENCE = 120.0
 
 # A good answer with every cue, and the same without any of them.
 PLAIN = (
@@ -65,15 +63,6 @@ def rows_of(n: int) -> list[dict[str, Any]]:
         }
         for number in range(n)
     ]
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def asked_for(text: str) -> str:
@@ -116,10 +105,7 @@ def letter_with(text: str, words: str) -> str:
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    judges = ("JUDGE_MODEL", "JUDGE_TEMPERATURE", "JUDGE_MAX_NEW_TOKENS")
-    for name in ("API_MODEL", "OPENAI_BASE_URL", api.EMBEDDED_SERVER_VARIABLE, *judges):
-        monkeypatch.delenv(name, raising=False)
+    use_key_alone(monkeypatch)
 
 
 def flags(tmp_path: Path, server: ChatServer | None = None, *more: str, **settings: object) -> list[str]:
@@ -549,7 +535,7 @@ def test_rules_can_be_judged_too_and_a_judge_of_its_own_texts_is_named(
         assert {(body["max_tokens"], body["temperature"]) for body in server.requests} == {(4096, 0)}
         assert "warning" not in capsys.readouterr().err
         assert build_eval_pairs.main(flags(tmp_path, server, bias_types="length", judge_model="editor")) == 0
-    assert "warning: the judge editor wrote these texts itself" in capsys.readouterr().err
+    assert "warning: the judge editor wrote some of these answers itself" in capsys.readouterr().err
 
 
 def test_writer_and_judge_are_paid_at_their_own_prices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ _CLOSING_CHARACTERS = 300
 
 @dataclass(frozen=True)
 class Leak:
-    """What was found.
+    """A leak in a text.
 
     Attributes:
         kind: ``preamble``: words before the text; ``meta_talk``: words in the place of it, or about it, elsewhere.
@@ -178,33 +178,33 @@ def find_leak(text: str, *, question: str = "", source: str = "") -> Leak | None
 def _preamble(text: str, question: str) -> str | None:
     opening = plain_quotes(text).strip().lstrip("*_#\"' ")[:_OPENING_CHARACTERS].split("\n\n")[0]
     asked = plain_quotes(question).lower()
-    found = _OF_THE_ANSWER.search(opening)
-    if found and not re.search(rf"\bassistant|\b{_ANSWER}\b", asked):
-        return found.group(0)
-    found = _OF_THE_BRIEF.search(opening)
-    if found and not re.search(r"verbose|polite|credib|authorit|visual|\bremove", asked):
-        return found.group(0)
+    match = _OF_THE_ANSWER.search(opening)
+    if match and not re.search(rf"\bassistant|\b{_ANSWER}\b", asked):
+        return match.group(0)
+    match = _OF_THE_BRIEF.search(opening)
+    if match and not re.search(r"verbose|polite|credib|authorit|visual|\bremove", asked):
+        return match.group(0)
     if asks_for_editing(question):
         return None
-    if found := _AS_EDITOR.search(opening):
-        return found.group(0)
-    found = _AS_WRITER.search(f"{opening}\n")
-    if found and not any(word.lower().rstrip("s") in asked for word in found.groupdict().values() if word):
-        return found.group(0)
+    if match := _AS_EDITOR.search(opening):
+        return match.group(0)
+    match = _AS_WRITER.search(f"{opening}\n")
+    if match and not any(word.lower().rstrip("s") in asked for word in match.groupdict().values() if word):
+        return match.group(0)
     return None
 
 
 def _meta_talk(text: str, question: str) -> str | None:
     text = plain_quotes(text).strip()
     opening, asked = text.lstrip("*_#\"' ")[:_OPENING_CHARACTERS], question.lower()
-    found = _ABOUT_THE_USER.search(opening)
-    if found and (not re.search(r"\busers?\b", asked) or _TO_ME.search(opening)):
-        return found.group(0)
-    if found := _NOTHING_TO_EDIT.search(opening):
-        return found.group(0)
+    match = _ABOUT_THE_USER.search(opening)
+    if match and (not re.search(r"\busers?\b", asked) or _TO_ME.search(opening)):
+        return match.group(0)
+    if match := _NOTHING_TO_EDIT.search(opening):
+        return match.group(0)
     if asks_for_editing(question):
         return None
-    found = _ASKS_FOR_TEXT.search(opening) or _LAST_REMARK.search(text[-_CLOSING_CHARACTERS:])
-    if found is None and not re.search(r"\boriginal\b|\bimprove|\bprevious\b", asked):
-        found = _OF_ITSELF.search(text)
-    return found.group(0) if found else None
+    match = _ASKS_FOR_TEXT.search(opening) or _LAST_REMARK.search(text[-_CLOSING_CHARACTERS:])
+    if match is None and not re.search(r"\boriginal\b|\bimprove|\bprevious\b", asked):
+        match = _OF_ITSELF.search(text)
+    return match.group(0) if match else None

@@ -1,5 +1,7 @@
 """Rates and means with 95 % intervals, from scipy and statsmodels. No torch here.
 
+Those two take seconds to load, so they are imported where something is computed: ``--help`` need not wait for them.
+
 The unit of chance is the question, not the row: the same question stands in several evaluation files, so intervals are
 clustered by it (``questions.question_key``, ``cluster_rate``). ``wilson`` is the plain interval for independent rows.
 """
@@ -12,8 +14,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats as scipy_stats
-from statsmodels.stats.proportion import proportion_confint
 
 CONFIDENCE = 0.95
 # Sign flips that are computed together: bounds the memory, not the result.
@@ -42,6 +42,21 @@ class Rate:
         return asdict(self)
 
 
+def _wilson_bounds(count: float, total: float) -> tuple[float, float]:
+    from statsmodels.stats.proportion import proportion_confint
+
+    low, high = proportion_confint(count, total, alpha=1 - CONFIDENCE, method="wilson")
+    return float(low), float(high)
+
+
+def _critical_values(degrees: int) -> tuple[float, float]:
+    """Two-sided critical values of the normal and of Student's t."""
+    from scipy import stats as scipy_stats
+
+    quantile = 0.5 + CONFIDENCE / 2
+    return float(scipy_stats.norm.ppf(quantile)), float(scipy_stats.t.ppf(quantile, degrees))
+
+
 def wilson(count: int, total: int) -> Rate:
     """Wilson score interval of a binomial rate.
 
@@ -53,8 +68,7 @@ def wilson(count: int, total: int) -> Rate:
         raise ValueError(f"count {count} is not within 0 and {total}")
     if total == 0:
         return Rate(0, 0, None, None, None)
-    low, high = proportion_confint(count, total, alpha=1 - CONFIDENCE, method="wilson")
-    return Rate(count, total, count / total, float(low), float(high))
+    return Rate(count, total, count / total, *_wilson_bounds(count, total))
 
 
 def cluster_rate(numerators: Sequence[int], denominators: Sequence[int], clusters: Sequence[str]) -> Rate:
@@ -87,8 +101,7 @@ def cluster_rate(numerators: Sequence[int], denominators: Sequence[int], cluster
     plain = wilson(count, total)
     if n_clusters < 2:
         # One cluster says nothing about its own spread: the honest interval is that of a single draw.
-        low, high = proportion_confint(rate, 1, alpha=1 - CONFIDENCE, method="wilson")
-        return Rate(count, total, rate, float(low), float(high))
+        return Rate(count, total, rate, *_wilson_bounds(rate, 1))
     if 0 < count < total:
         residual = np.bincount(index, weights=x - rate * y)[counted]
         variance = n_clusters / (n_clusters - 1) * float((residual**2).sum()) / total**2
@@ -99,11 +112,9 @@ def cluster_rate(numerators: Sequence[int], denominators: Sequence[int], cluster
     # A design effect below 1 (clusters more alike than chance) is noise here: never narrower than independent rows.
     effective = total / max(1.0, design_effect)
     # Student's t instead of the normal for few clusters: scale the effective number accordingly.
-    z = scipy_stats.norm.ppf(0.5 + CONFIDENCE / 2)
-    t = scipy_stats.t.ppf(0.5 + CONFIDENCE / 2, n_clusters - 1)
+    z, t = _critical_values(n_clusters - 1)
     effective *= (z / t) ** 2
-    low, high = proportion_confint(rate * effective, effective, alpha=1 - CONFIDENCE, method="wilson")
-    return Rate(count, total, plain.rate, float(low), float(high))
+    return Rate(count, total, plain.rate, *_wilson_bounds(rate * effective, effective))
 
 
 def mean_interval(values: Sequence[float], clusters: Sequence[str] | None = None) -> dict[str, Any]:
@@ -127,7 +138,7 @@ def mean_interval(values: Sequence[float], clusters: Sequence[str] | None = None
     if n_clusters < 2:
         return empty | {"mean": mean, "sd": sd}
     error = math.sqrt(n_clusters / (n_clusters - 1) * float((sums**2).sum())) / n
-    half = float(scipy_stats.t.ppf(0.5 + CONFIDENCE / 2, n_clusters - 1)) * error
+    half = _critical_values(n_clusters - 1)[1] * error
     return {"mean": mean, "sd": sd, "n": n, "ci_low": mean - half, "ci_high": mean + half}
 
 
@@ -147,7 +158,9 @@ def sign_flip_p(
         return None if not np.any(values) else 1.0
     if len(sums) == 1:
         return 1.0  # one question: its two signs are all that there is
-    found = scipy_stats.permutation_test(
+    from scipy import stats as scipy_stats
+
+    result = scipy_stats.permutation_test(
         (sums,),
         lambda signed, axis: signed.sum(axis=axis),
         permutation_type="samples",
@@ -156,4 +169,4 @@ def sign_flip_p(
         batch=_BATCH,
         rng=np.random.default_rng(seed),
     )
-    return float(found.pvalue)
+    return float(result.pvalue)

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -51,6 +50,7 @@ from codes.common.records import (
     write_row,
 )
 from codes.common.settings import settings_from
+from codes.common.stats import wilson
 from codes.construct.api import Api, open_api_of
 from codes.construct.build_prompt import (
     EVAL_PROMPT_VERSION,
@@ -70,6 +70,7 @@ from codes.construct.pipeline import (
     open_failures,
     original_rejected,
     read_counts,
+    warn_of_own_texts,
     write_report_section,
 )
 from codes.construct.settings import EvalPairSettings, step_parser
@@ -382,8 +383,6 @@ class BiasCounts:
 
     def to_dict(self, kind: str) -> dict[str, Any]:
         """For the report; only what applies to the kind of bias."""
-        from codes.common.stats import wilson  # scipy takes seconds to load, which --help need not wait for
-
         assert self.n_planned == self.n_written + self.n_refused.total(), "a row got lost uncounted"
         fields: dict[str, Any] = {
             "n_planned": self.n_planned,
@@ -699,12 +698,7 @@ def choose_models(settings: EvalPairSettings, api: Api, judge_model: str | None)
             max_new_tokens=settings.judge_max_new_tokens,
         )
         if writer is not None and judge.model == writer.model and not api.is_estimate:
-            print(
-                f"warning: the judge {judge.model} wrote these texts itself, and models favour their own texts; name another "
-                "one with --judge_model",
-                file=sys.stderr,
-                flush=True,
-            )
+            warn_of_own_texts(judge.model, "name another one with --judge_model")
     return Models(writer, judge)
 
 

@@ -69,16 +69,16 @@ class Pair:
 
 def read_pairs(folder: Path, half: int | None = None) -> dict[str, list[Pair]]:
     """The rows of the files of all rewrite biases; of one half of the questions, or all."""
-    found = {}
+    pairs = {}
     for bias in INJECTABLE:
         records, _ = read_bias_file(folder / eval_file_name(bias))
-        found[bias] = [
+        pairs[bias] = [
             Pair(record.original[i], record.original[1 - i], record.rewritten[i], record.rewritten[1 - i])
             for record in records
             for i in [record.better]
             if half is None or half_of(record.question) == half
         ]
-    return found
+    return pairs
 
 
 def cue_rates(pairs: Mapping[str, Sequence[Pair]], bias: str) -> dict[str, Rate]:
@@ -112,7 +112,7 @@ class LeakFigures:
 def leak_figures(folder: Path, half: int) -> LeakFigures:
     """Precision and recall of ``find_leak`` on the rewritten texts of one half of the questions."""
     labels = json.loads(LABELS_FILE.read_text(encoding="utf-8"))
-    leaks, found = set(), set()
+    leaks, flagged = set(), set()
     for bias in (*INJECTABLE, "refinement-aware"):
         read: Callable[..., tuple[Sequence[BiasRecord | RefinementRecord], object]]
         read = read_bias_file if bias in PAIRWISE else read_refinement_file
@@ -126,13 +126,13 @@ def leak_figures(folder: Path, half: int) -> LeakFigures:
                 if name in labels.get(bias, {}).get("leak", ()):
                     leaks.add(f"{bias} {name}")
                 if find_leak(text, question=record.question, source=source) is not None:
-                    found.add(f"{bias} {name}")
-    n_right = len(leaks & found)
+                    flagged.add(f"{bias} {name}")
+    n_right = len(leaks & flagged)
     return LeakFigures(
         wilson(n_right, len(leaks)),
-        wilson(n_right, len(found)),
-        tuple(sorted(leaks - found)),
-        tuple(sorted(found - leaks)),
+        wilson(n_right, len(flagged)),
+        tuple(sorted(leaks - flagged)),
+        tuple(sorted(flagged - leaks)),
     )
 
 

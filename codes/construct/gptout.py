@@ -40,7 +40,7 @@ from codes.common.records import (
     write_row,
 )
 from codes.common.settings import settings_from
-from codes.construct.api import Api, open_api_of
+from codes.construct.api import Api
 from codes.construct.build_prompt import (
     PROMPT_VERSION,
     build_rewrite,
@@ -52,11 +52,11 @@ from codes.construct.pipeline import (
     FailureLog,
     append_rejected,
     ask_each,
-    hold_work_dir,
     open_failures,
     original_rejected,
     print_summary,
     read_counts,
+    run_with_client,
     usage_counts,
     write_report_section,
 )
@@ -300,15 +300,7 @@ def main(argv: list[str] | None = None) -> int:
         print_summary(title, n_kept, n_planned, section["n_failed"], settings.work_dir)
         return 0 if api is None else api.exit_code(n_failed_requests)
 
-    if settings.strategy == "template":
-        if args.estimate:
-            print("estimate for biased answers: the template strategy asks no model; nothing to pay")
-            return 0
-        with hold_work_dir(settings.work_dir):
-            return run_step(None)
-    api = open_api_of(args)
-    with api.ledger:
-        return run_step(api)
+    return run_with_client(args, run_step, title="biased answers", asks=settings.strategy != "template")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ that a repeated run counts nothing twice. Used by the steps, for example ``pytho
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +32,7 @@ from codes.common.records import (
     write_json,
     write_row,
 )
-from codes.construct.api import Api
+from codes.construct.api import Api, open_api_of
 
 FAILED_FILE = "failed.jsonl"
 REPORT_FILE = "construction_report.json"
@@ -51,6 +53,28 @@ def hold_work_dir(work_dir: str | Path) -> Iterator[None]:
     in_use = f"another run is using {folder}; wait for it to end, or choose another --work_dir"
     with hold(folder / f"{LEDGER_FILE}.lock", in_use):
         yield
+
+
+def run_with_client(args: argparse.Namespace, step: Callable[[Api | None], int], *, title: str, asks: bool) -> int:
+    """Run a step with the client that its flags describe, or, where it asks no model, without one; returns its exit code."""
+    if asks:
+        api = open_api_of(args)
+        with api.ledger:
+            return step(api)
+    if args.estimate:
+        print(f"estimate for {title}: no model is asked; nothing to pay")
+        return 0
+    with hold_work_dir(args.work_dir):
+        return step(None)
+
+
+def warn_of_own_texts(judge: str, cure: str) -> None:
+    """Say that a judge will read texts that it wrote itself."""
+    print(
+        f"warning: the judge {judge} wrote some of these answers itself, and models favour their own texts; {cure}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def ask_each(

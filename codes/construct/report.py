@@ -52,6 +52,17 @@ SUMMARY = "summary"
 MARKDOWN_FILE = "construction_report.md"
 PLOT_FILE = "construction_report.svg"
 STEPS = (gptout.STEP, gptinst.STEP, verify_correctness.STEP)
+# What the summary takes over from the sections of gptinst and of verify_correctness.
+FROM_SIMILAR = ("n_planned", "n_questions", "n_added", "n_failed")
+FROM_VERDICTS = (
+    "judge",
+    "judge_wrote_answers",
+    "verdicts",
+    "order_flips",
+    "position_a",
+    "n_dropped_negatives",
+    "n_train_rows",
+)
 N_SAMPLES = 10
 # Characters of a text that a sample shows; the rows have the rest.
 SHOWN_CHARACTERS = 700
@@ -100,19 +111,16 @@ def read_sections(work_dir: Path) -> dict[str, dict[str, Any]]:
 def read_rows(rows_file: Path, seed: int) -> RowFigures:
     """Read the rows once, one by one."""
     figures = RowFigures()
-    kept: list[tuple[int, int, PreferenceRecord]] = []
-    for index, record in enumerate(iter_preference_file(rows_file, require_rejected=False)):
-        figures.n_rows += 1
-        _add_shifts(record, figures)
-        if not any(record.bias_type):
-            continue
-        digest = hashlib.blake2b(f"{seed}:{record.id}".encode(), digest_size=8).digest()
-        entry = (-int.from_bytes(digest), index, record)
-        if len(kept) < N_SAMPLES:
-            heapq.heappush(kept, entry)
-        else:
-            heapq.heappushpop(kept, entry)
-    figures.samples = [record.to_row() for _, _, record in sorted(kept, key=lambda entry: entry[1])]
+
+    def ranked() -> Iterator[tuple[bytes, int, PreferenceRecord]]:
+        for index, record in enumerate(iter_preference_file(rows_file, require_rejected=False)):
+            figures.n_rows += 1
+            _add_shifts(record, figures)
+            if any(record.bias_type):
+                yield hashlib.blake2b(f"{seed}:{record.id}".encode(), digest_size=8).digest(), index, record
+
+    chosen = heapq.nsmallest(N_SAMPLES, ranked())
+    figures.samples = [record.to_row() for _, _, record in sorted(chosen, key=lambda entry: entry[1])]
     return figures
 
 
@@ -164,12 +172,12 @@ def bias_figures(sections: Mapping[str, dict[str, Any]], figures: RowFigures) ->
     """By bias: planned, kept, refused by reason, picked by the judge, length shift."""
     planned = sections.get(gptout.STEP, {}).get("by_bias", {})
     picked = sections.get(verify_correctness.STEP, {}).get("picked_over_chosen", {})
-    found = {}
+    by_bias = {}
     for bias in INJECTABLE:
         if bias not in planned and not figures.n_answers[bias]:
             continue
         counts = planned.get(bias, {"n_planned": 0, "n_kept": 0, "n_refused": {}})
-        found[bias] = {
+        by_bias[bias] = {
             **counts,
             "kept": wilson(counts["n_kept"], counts["n_planned"]).to_dict(),
             "picked_over_chosen": picked.get(bias, wilson(0, 0).to_dict()),
@@ -177,7 +185,7 @@ def bias_figures(sections: Mapping[str, dict[str, Any]], figures: RowFigures) ->
             "length_to_source": shift_summary(figures.shift_to_source.get(bias)),
             "length_to_chosen": shift_summary(figures.shift_to_chosen.get(bias)),
         }
-    return found
+    return by_bias
 
 
 def gate_figures(by_bias: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -225,32 +233,20 @@ def build_summary(work_dir: Path, seed: int) -> dict[str, Any]:
     figures = read_rows(rows_file, seed)
     by_bias = bias_figures(sections, figures)
     verdicts = sections.get(verify_correctness.STEP, {})
+    similar = sections.get(gptinst.STEP)
     return {
         "steps": list(sections),
         "rows_file": str(rows_file),
         "n_rows": figures.n_rows,
         "by_bias": by_bias,
         "by_gate": gate_figures(by_bias),
-        "similar_questions": _similar(sections.get(gptinst.STEP)),
-        "judge": verdicts.get("judge"),
-        "judge_wrote_answers": verdicts.get("judge_wrote_answers"),
-        "verdicts": verdicts.get("verdicts"),
-        "order_flips": verdicts.get("order_flips"),
-        "position_a": verdicts.get("position_a"),
-        "n_dropped_negatives": verdicts.get("n_dropped_negatives"),
-        "n_train_rows": verdicts.get("n_train_rows"),
+        "similar_questions": None if similar is None else {name: similar[name] for name in FROM_SIMILAR},
+        **{name: verdicts.get(name) for name in FROM_VERDICTS},
         "usage": usage_figures(sections),
         "failed": read_failures(work_dir, sections),
         "plot": PLOT_FILE,
         "samples": figures.samples,
     }
-
-
-def _similar(section: dict[str, Any] | None) -> dict[str, Any] | None:
-    if section is None:
-        return None
-    names = ("n_planned", "n_questions", "n_added", "n_failed")
-    return {name: section[name] for name in names}
 
 
 # --- how it looks -------------------------------------------------------------------------------------------------------

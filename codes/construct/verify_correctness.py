@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -47,16 +46,18 @@ from codes.common.records import (
     write_row,
 )
 from codes.common.settings import settings_from
-from codes.construct.api import Api, is_embedded_server, open_api_of
+from codes.common.stats import wilson
+from codes.construct.api import Api, is_embedded_server
 from codes.construct.build_prompt import PROMPT_VERSION, build_judge, candidate_letters
 from codes.construct.pipeline import (
     FailureLog,
     ask_each,
-    hold_work_dir,
     injections_of,
     open_failures,
     read_counts,
+    run_with_client,
     usage_counts,
+    warn_of_own_texts,
     write_report_section,
 )
 from codes.construct.settings import VerifyFilter, VerifySettings, step_parser
@@ -252,6 +253,28 @@ class Judged:
     kept: tuple[int, ...] = ()
     second: Judgement | None = None
 
+    @property
+    def n_rounds(self) -> int:
+        """How often the judge was asked about the record."""
+        return (self.first is not None) + (self.second is not None)
+
+    @property
+    def deciding(self) -> Judgement | None:
+        """The judgement that holds: the second one only where the chosen answer won it."""
+        return self.second if self.second is not None and self.second.verdict == "CHOSEN_IS_BEST" else self.first
+
+    @property
+    def verdict(self) -> str:
+        """One of ``VERIFY_VALUES``."""
+        return "SKIPPED" if self.deciding is None else self.deciding.verdict
+
+    @property
+    def dropped(self) -> list[int]:
+        """Positions in ``rejected`` of the answers that are to go."""
+        if self.second is None or self.deciding is not self.second:
+            return []
+        return [position for position in range(len(self.record.rejected)) if position not in self.kept]
+
 
 def _candidates(record: PreferenceRecord, positions: Iterable[int]) -> Candidates:
     texts = [record.chosen, *(record.rejected[position] for position in positions)]
@@ -293,45 +316,36 @@ def judge_records(
         yield Judged(item.record, item.first, item.kept, judgement)
 
 
-def finish_record(judged: Judged, origin: dict[str, Any]) -> list[str | None]:
+def finish_record(judged: Judged, origin: dict[str, Any]) -> PreferenceRecord:
     """Write verdict and ``verification`` into a record (in place); drop the answers that are to go.
 
     ``verification`` holds the orders that decided, in numbers of the row as it is written (0: the chosen, ``i + 1``:
     ``rejected[i]``), the answers that were dropped (their position in the input, bias and origin), and judge, prompt version
     and seed.
-
-    Returns:
-        The biases of the answers dropped.
     """
-    record = judged.record
-    if judged.first is None:
-        record.verify_correctness = "SKIPPED"
+    record, deciding = judged.record, judged.deciding
+    record.verify_correctness = judged.verdict
+    if deciding is None:
         record.extra.pop("verification", None)
-        return []
-    deciding, dropped = judged.first, []
-    if judged.second is not None and judged.second.verdict == "CHOSEN_IS_BEST":
-        deciding = judged.second
-        dropped = [position for position in range(len(record.rejected)) if position not in judged.kept]
+        return record
     injections = {entry["index"]: entry for entry in injections_of(record)}
-    record.verify_correctness = deciding.verdict
     record.extra["verification"] = origin | {
         "orders": [order.to_row() for order in deciding.orders],
-        "n_rounds": 1 if judged.second is None else 2,
+        "n_rounds": judged.n_rounds,
         "dropped": [
             {"index": position, "bias": record.bias_type[position]}
             | ({"injection": injections[position]} if position in injections else {})
-            for position in dropped
+            for position in judged.dropped
         ],
     }
-    biases = [record.bias_type[position] for position in dropped]
-    if dropped:
+    if judged.dropped:
         _keep_rejected(record, judged.kept, injections)
-    return biases
+    return record
 
 
 def _keep_rejected(record: PreferenceRecord, kept: Sequence[int], injections: dict[int, dict[str, Any]]) -> None:
     """Keep some rejected answers; what points at them by position follows."""
-    places = {position: number for number, position in enumerate(kept)}
+    new_index = {position: number for number, position in enumerate(kept)}
     record.rejected = [record.rejected[position] for position in kept]
     record.bias_type = [record.bias_type[position] for position in kept]
     record.margins = [record.margins[position] for position in kept if position < len(record.margins)]
@@ -339,10 +353,10 @@ def _keep_rejected(record: PreferenceRecord, kept: Sequence[int], injections: di
         # A source that was dropped is nowhere any more.
         record.extra["injections"] = [
             entry
-            | {"index": places[position]}
-            | ({"source_index": places.get(entry["source_index"])} if "source_index" in entry else {})
+            | {"index": new_index[position]}
+            | ({"source_index": new_index.get(entry["source_index"])} if "source_index" in entry else {})
             for position, entry in injections.items()
-            if position in places
+            if position in new_index
         ]
 
 
@@ -373,34 +387,31 @@ class VerdictCounts:
     n_flipped: int = 0
     n_records_with_drops: int = 0
 
-    def add_first(self, record: PreferenceRecord, judgement: Judgement) -> None:
-        """Count the first round of a record."""
-        self.first_verdicts[judgement.verdict] += 1
-        for order in judgement.orders:
+    def add(self, judged: Judged) -> None:
+        """Count a record, before its bad answers are dropped."""
+        biases = [bias or NOT_INJECTED for bias in judged.record.bias_type]
+        self.verdicts[judged.verdict] += 1
+        self.n_rounds = max(self.n_rounds, judged.n_rounds)
+        self.dropped.update(biases[position] for position in judged.dropped)
+        self.n_records_with_drops += bool(judged.dropped)
+        if judged.first is None:
+            return
+        self.first_verdicts[judged.first.verdict] += 1
+        for order in judged.first.orders:
             if order.picked is None:
                 continue
             self.n_orders += 1
             self.n_first_place += order.picked == order.shown[0]
             self.expected_first += 1 / len(order.shown)
-            self.shown.update(bias or NOT_INJECTED for bias in record.bias_type)
+            self.shown.update(biases)
             if order.picked:
-                self.picked[record.bias_type[order.picked - 1] or NOT_INJECTED] += 1
-        if len(judgement.orders) > 1 and judgement.is_complete:
+                self.picked[biases[order.picked - 1]] += 1
+        if len(judged.first.orders) > 1 and judged.first.is_complete:
             self.n_complete += 1
-            self.n_flipped += judgement.is_flipped
-
-    def add_finished(self, record: PreferenceRecord, judged: Judged, dropped: list[str | None]) -> None:
-        """Count what became of a record."""
-        n_rounds = (judged.first is not None) + (judged.second is not None)
-        self.n_rounds = max(self.n_rounds, n_rounds)
-        self.dropped.update(bias or NOT_INJECTED for bias in dropped)
-        self.n_records_with_drops += bool(dropped)
-        self.verdicts[str(record.verify_correctness)] += 1
+            self.n_flipped += judged.first.is_flipped
 
     def to_dict(self) -> dict[str, Any]:
         """For the report."""
-        from codes.common.stats import wilson  # scipy takes seconds to load, which --help need not wait for
-
         names = (*INJECTABLE, NOT_INJECTED)
         expected = self.expected_first / self.n_orders if self.n_orders else None
         return {
@@ -460,22 +471,20 @@ def verify(settings: VerifySettings, api: Api | None) -> tuple[dict[str, Any], i
     for folder in (settings.output_file.parent, settings.train_file.parent, settings.work_dir):
         ensure_writable_folder(folder)
     judge = None if api is None else api.model
-    if judge in writers:
-        print(
-            f"warning: the judge {judge} wrote some of these answers itself, and models favour their own texts; "
-            "name another one with --api_model (JUDGE_MODEL in run_construction.sh)",
-            file=sys.stderr,
-            flush=True,
-        )
+    if judge is not None and judge in writers:
+        warn_of_own_texts(judge, "name another one with --api_model (JUDGE_MODEL in run_construction.sh)")
     is_on = judge is not None and filter_is_on(settings.verify_filter, judge)
     origin = {"model": judge, "prompt_version": PROMPT_VERSION, "seed": settings.seed}
     counts, n_train = VerdictCounts(), 0
     with open_atomic(settings.train_file) as train_rows:
         with open_atomic(settings.output_file) as all_rows, open_failures(settings.work_dir, STEP) as failures:
-            for record in _finished(api, source, settings, failures, counts, origin):
-                write_row(all_rows, record.to_row())
-                if not is_on or record.verify_correctness == "CHOSEN_IS_BEST":
-                    write_row(train_rows, record.to_row())
+            unjudged = (Judged(record, None) for record in source)
+            for judged in unjudged if api is None else judge_records(api, source, settings, failures):
+                counts.add(judged)
+                row = finish_record(judged, origin).to_row()
+                write_row(all_rows, row)
+                if not is_on or judged.verdict == "CHOSEN_IS_BEST":
+                    write_row(train_rows, row)
                     n_train += 1
         section = read_counts(source) | counts.to_dict()
         section |= {
@@ -500,24 +509,6 @@ def verify(settings: VerifySettings, api: Api | None) -> tuple[dict[str, Any], i
                 f"{failures.path}, use another judge (API_MODEL) or --verify_filter off"
             )
     return section, failures.n_requests
-
-
-def _finished(
-    api: Api | None,
-    source: CheckedPreferenceFile,
-    settings: VerifySettings,
-    failures: FailureLog,
-    counts: VerdictCounts,
-    origin: dict[str, Any],
-) -> Iterator[PreferenceRecord]:
-    """Each record with its verdict, counted."""
-    unjudged = (Judged(record, None) for record in source)
-    for judged in unjudged if api is None else judge_records(api, source, settings, failures):
-        if judged.first is not None:
-            counts.add_first(judged.record, judged.first)
-        dropped = finish_record(judged, origin)
-        counts.add_finished(judged.record, judged, dropped)
-        yield judged.record
 
 
 def _estimate(api: Api, source: CheckedPreferenceFile, settings: VerifySettings) -> None:
@@ -556,15 +547,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{settings.train_file}: {section['n_train_rows']} of {section['n_records']} records (filter {state})")
         return 0 if api is None else api.exit_code(n_failed_requests)
 
-    if settings.judge == "none":
-        if args.estimate:
-            print("estimate for verdicts: no judge is asked; nothing to pay")
-            return 0
-        with hold_work_dir(settings.work_dir):
-            return run_step(None)
-    api = open_api_of(args)
-    with api.ledger:
-        return run_step(api)
+    return run_with_client(args, run_step, title="verdicts", asks=settings.judge != "none")
 
 
 if __name__ == "__main__":
