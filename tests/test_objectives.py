@@ -290,7 +290,7 @@ def test_a_variable_that_the_launcher_does_not_hand_on_is_named(
     flags = [*BASE, "--cache_dir", str(tmp_path / "cache"), "--max_steps", "1", "--estimate", "1"]
     assert main([*places, *flags, "--contamination_files", ""]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no effect: ")]
-    assert lines == ["no effect: BIAS_WEIGHTS=length=2 in the environment: it is the flag --bias_weights"]
+    assert lines == ["no effect: BIAS_WEIGHTS in the environment: it is the flag --bias_weights"]
 
 
 def test_settings_with_an_effect_are_not_named(

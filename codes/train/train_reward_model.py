@@ -236,7 +236,7 @@ def idle_flags(settings: TrainSettings) -> list[str]:
 def unread_variables(settings: TrainSettings, argv: Sequence[str]) -> list[str]:
     """Variables of the environment that are named like a flag which was not given: the launcher hands on its knobs alone."""
     return [
-        f"{name.upper()}={os.environ[name.upper()]} in the environment: it is the flag --{name}"
+        f"{name.upper()} in the environment: it is the flag --{name}"
         for name in flag_values(settings)
         if os.environ.get(name.upper()) and f"--{name}" not in argv
     ]
