@@ -66,11 +66,13 @@ class Stage:
     """
 
     module = ""
+    # What the module imports itself once its command line is read.
+    imported_later: tuple[str, ...] = ()
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.context: Any = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload([self.module, "benchmarks.kills"])
+        self.context.set_forkserver_preload([self.module, *self.imported_later, "benchmarks.kills"])
 
     def fork(self, name: str, arguments: list[str]) -> Any:
         """Begin a run; its output is appended to ``<name>.log``."""
@@ -165,6 +167,7 @@ class Training(Stage):
     """A two-layer model on 24 groups of two to five answers; checkpoints every five steps, evaluations every four."""
 
     module = "codes.train.train_reward_model"
+    imported_later = ("codes.train.report", "codes.train.token_budget")
     EVAL_STEPS = 4
 
     def __init__(self, folder: Path, n_kills: int, engine: str | None, precision: str, epochs: int) -> None:
