@@ -86,6 +86,7 @@ from codes.construct.template import (
 from codes.construct.verify_correctness import (
     Candidates,
     Judgement,
+    OrderCounts,
     filter_is_on,
     judge_each,
     shown_orders,
@@ -357,10 +358,7 @@ class BiasCounts:
     n_better_first: int = 0
     n_judged: int = 0
     n_agreed: int = 0
-    n_flipped: int = 0
-    n_unread: int = 0
-    n_verdicts: int = 0
-    n_first_place: int = 0
+    orders: OrderCounts = field(default_factory=OrderCounts)
     chosen_ratio: float = 0.0
     rejected_ratio: float = 0.0
 
@@ -368,11 +366,7 @@ class BiasCounts:
         """Count what the judge said about one rewritten pair."""
         self.n_judged += 1
         self.n_agreed += judgement.verdict == "CHOSEN_IS_BEST"
-        self.n_flipped += judgement.is_flipped
-        self.n_unread += not judgement.is_complete
-        decided = [order for order in judgement.orders if order.picked is not None]
-        self.n_verdicts += len(decided)
-        self.n_first_place += sum(order.picked == order.shown[0] for order in decided)
+        self.orders.add(judgement)
 
     def add_written(self, before: tuple[str, str], after: tuple[str, str], *, better_first: bool = False) -> None:
         """Count a row that was written."""
@@ -397,13 +391,11 @@ class BiasCounts:
             "mean_length_ratio_rejected": _mean(self.rejected_ratio, self.n_written),
         }
         if self.n_judged:
-            n_read = self.n_judged - self.n_unread
             fields["consistency"] = {
                 "n_judged": self.n_judged,
-                "n_without_verdict": self.n_unread,
-                "label_preferred": wilson(self.n_agreed, n_read).to_dict(),
-                "order_flips": wilson(self.n_flipped, n_read).to_dict(),
-                "position_a": wilson(self.n_first_place, self.n_verdicts).to_dict() | {"expected_rate": 0.5},
+                "n_without_verdict": self.n_judged - self.orders.n_complete,
+                "label_preferred": wilson(self.n_agreed, self.orders.n_complete).to_dict(),
+                **self.orders.to_dict(),
             }
         return fields
 

@@ -371,6 +371,35 @@ def filter_is_on(verify_filter: VerifyFilter, api_model: str) -> bool:
 
 
 @dataclass
+class OrderCounts:
+    """How a judge's picks hang on the order in which it sees the answers."""
+
+    n_orders: int = 0
+    n_first_place: int = 0
+    expected_first: float = 0.0
+    n_complete: int = 0
+    n_flipped: int = 0
+
+    def add(self, judgement: Judgement) -> None:
+        """Count a judgement; one of a single order says nothing about flips."""
+        decided = [order for order in judgement.orders if order.picked is not None]
+        self.n_orders += len(decided)
+        self.n_first_place += sum(order.picked == order.shown[0] for order in decided)
+        self.expected_first += sum(1 / len(order.shown) for order in decided)
+        if len(judgement.orders) > 1 and judgement.is_complete:
+            self.n_complete += 1
+            self.n_flipped += judgement.is_flipped
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the report."""
+        expected = self.expected_first / self.n_orders if self.n_orders else None
+        return {
+            "order_flips": wilson(self.n_flipped, self.n_complete).to_dict(),
+            "position_a": wilson(self.n_first_place, self.n_orders).to_dict() | {"expected_rate": expected},
+        }
+
+
+@dataclass
 class VerdictCounts:
     """Counts over all records; rates are taken of the first round, in which every candidate was shown."""
 
@@ -379,12 +408,8 @@ class VerdictCounts:
     shown: Counter[str] = field(default_factory=Counter)
     picked: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
+    orders: OrderCounts = field(default_factory=OrderCounts)
     n_rounds: int = 0
-    n_orders: int = 0
-    n_first_place: int = 0
-    expected_first: float = 0.0
-    n_complete: int = 0
-    n_flipped: int = 0
     n_records_with_drops: int = 0
 
     def add(self, judged: Judged) -> None:
@@ -397,23 +422,16 @@ class VerdictCounts:
         if judged.first is None:
             return
         self.first_verdicts[judged.first.verdict] += 1
+        self.orders.add(judged.first)
         for order in judged.first.orders:
-            if order.picked is None:
-                continue
-            self.n_orders += 1
-            self.n_first_place += order.picked == order.shown[0]
-            self.expected_first += 1 / len(order.shown)
-            self.shown.update(biases)
+            if order.picked is not None:
+                self.shown.update(biases)
             if order.picked:
                 self.picked[biases[order.picked - 1]] += 1
-        if len(judged.first.orders) > 1 and judged.first.is_complete:
-            self.n_complete += 1
-            self.n_flipped += judged.first.is_flipped
 
     def to_dict(self) -> dict[str, Any]:
         """For the report."""
         names = (*INJECTABLE, NOT_INJECTED)
-        expected = self.expected_first / self.n_orders if self.n_orders else None
         return {
             "n_rounds": self.n_rounds,
             "verdicts": _in_table_order(self.verdicts),
@@ -421,8 +439,7 @@ class VerdictCounts:
             "picked_over_chosen": {
                 name: wilson(self.picked[name], self.shown[name]).to_dict() for name in names if self.shown[name]
             },
-            "order_flips": wilson(self.n_flipped, self.n_complete).to_dict(),
-            "position_a": wilson(self.n_first_place, self.n_orders).to_dict() | {"expected_rate": expected},
+            **self.orders.to_dict(),
             "n_dropped_negatives": {name: self.dropped[name] for name in names if self.dropped[name]},
             "n_records_with_drops": self.n_records_with_drops,
         }
