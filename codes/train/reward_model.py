@@ -15,7 +15,7 @@ import pickle
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,11 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from codes.common.base_model import resolve_model_path
-from codes.common.borrow import borrowed, few_layers_on
 from codes.common.chat import KNOWN_TEMPLATES, ChatFormatter, Conversation, last_token_ids, take_template
 from codes.common.errors import ContrastRMError
 from codes.common.files import permit, sync
-from codes.common.packed_attention import FLEX_BLOCK, install_packed_attention, narrowed_windows, why_not_packable
-from codes.common.packing import PackLayout, build_pack
+from codes.common.packed_attention import install_packed_attention, why_not_packable
+from codes.common.packing import PackLayout
 from codes.common.records import ensure_writable_folder, write_json
 from codes.common.rope import forget_long_texts, rope_limit
 from codes.train.lora import (
@@ -55,6 +54,7 @@ from codes.train.lora import (
     save_adapter,
     twin_with_adapter,
 )
+from codes.train.pack_probe import probe, probe_on
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PAD_TOKEN = "<|contrastrm_pad|>"
@@ -62,21 +62,12 @@ PAD_TOKEN = "<|contrastrm_pad|>"
 PINNED_DATE = '{%- set date_string = "26 Jul 2024" %}'
 # Tokenizers without a limit of their own report a huge number.
 NO_TOKENIZER_LIMIT = 10**6
-# A pack whose tokens see what they should not is off by far more than rounding: relative error of the pooled hidden states.
-PROBE_TOLERANCE = 1e-3
-PROBE_TOLERANCE_HALF = 0.05
-# Of gradients. In bfloat16 those of small random decoders differ by up to 0.17 (measured); a lost term or a wrong mask is off by
-# as much as the gradient itself.
-PROBE_GRADIENT_TOLERANCE = 1e-2
-PROBE_GRADIENT_TOLERANCE_HALF = 0.35
 # What makes a model of a folder, the configuration first: without it the rest does not look whole.
 MODEL_FILES = (
     "config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.jinja", "README.md",
 )  # fmt: skip
 # Attributes of modules (OPT, Bart, ...) that are probabilities of dropout in training.
 DROPOUT_RATES = ("dropout", "attention_dropout", "activation_dropout", "layerdrop")
-# The probe's texts are longer than this, whatever window a model has.
-PROBE_WINDOW = 5
 
 
 class Float32Linear(nn.Linear):
@@ -165,81 +156,13 @@ class RewardModel(nn.Module):
         if reason is None:
             install_packed_attention(self.backbone)
             self.takes_packs = True
-            reason = self._probe_packing()
+            reason = probe(self.backbone, self._pooled)
             self.takes_packs = reason is None
         return reason
 
     def probe_packing_on(self, device: torch.device, *, cast: torch.dtype | None) -> str | None:
-        """Whether packs are right on a device where the model will be trained, gradients included.
-
-        A device has an attention of its own, and what ``enable_packing`` found on another one says nothing of it.
-
-        Args:
-            cast: What autocast computes in there; None: no autocast.
-
-        Returns:
-            None, or why packs must not be used there; also None where a model does not fit there whole. The model is as it was.
-        """
-        # Older decoders keep their layers elsewhere, and are small enough to be tried whole.
-        has_layers = isinstance(getattr(self.backbone, "layers", None), nn.ModuleList)
-        there = few_layers_on(self.backbone, device) if has_layers else borrowed(self.backbone, device)
-        try:
-            with there, torch.autocast(device.type, cast, enabled=cast is not None), torch.enable_grad():
-                self.backbone.eval()
-                part = self.backbone.layers if has_layers else self.backbone
-                trained = [weight for weight in part.parameters() if weight.requires_grad]
-                return self._probe_packing(trained, is_cast=cast is not None)
-        except torch.OutOfMemoryError:
-            # A model that is split over devices may still be trained.
-            return None
-
-    def _probe_packing(self, trained: Sequence[torch.Tensor] = (), *, is_cast: bool = False) -> str | None:
-        """Compare a small pack with its sequences one by one: what a model does not say of itself shows here.
-
-        Args:
-            trained: Weights whose gradients are compared too.
-            is_cast: It runs under autocast.
-        """
-        weight = self.backbone.get_input_embeddings().weight
-        vocabulary = int(weight.shape[0])
-        generator = torch.Generator().manual_seed(0)
-        drawn = torch.randint(0, vocabulary, (5, 6), generator=generator).tolist()
-        sequences = [drawn[0] + drawn[1], drawn[0] + drawn[2], drawn[0] + drawn[3] + drawn[1], drawn[4]]
-        # More than one block: the compiler takes a size of one for a constant, and other packs would need another kernel.
-        multiple_of = 2 * FLEX_BLOCK if weight.device.type == "cuda" else 1
-        pack = build_pack(sequences, min_shared=1, multiple_of=multiple_of).to(weight.device)
-        with torch.inference_mode(not trained), narrowed_windows(self.backbone, PROBE_WINDOW):
-            alone = torch.cat(
-                [
-                    self._pooled(
-                        torch.tensor([ids], device=weight.device), torch.ones((1, len(ids)), device=weight.device)
-                    )
-                    for ids in sequences
-                ]
-            )
-            # Short: in fp16, without the scale that a loss has in training, gradients overflow easily.
-            direction = torch.randn(alone.shape, generator=generator).to(alone) / alone.numel() ** 0.5
-            expected = _gradients(alone, direction, trained)
-            try:
-                together = self._pooled(pack.input_ids, None, pack.layout, pack.ends)
-                found = _gradients(together, direction, trained)
-            except torch.OutOfMemoryError:
-                raise
-            except kernel_failures() as failure:
-                return (
-                    f"a probe pack fails in it: {str(failure).strip().partition(chr(10))[0] or type(failure).__name__}"
-                )
-        difference = (together.detach().double() - alone.detach().double()).norm(dim=-1).max()
-        error = float(difference / alone.detach().double().norm(dim=-1).max().clamp(min=1e-12))
-        is_full = weight.dtype in (torch.float32, torch.float64) and not is_cast
-        if not error <= (PROBE_TOLERANCE if is_full else PROBE_TOLERANCE_HALF):
-            return f"a probe pack differs from its texts alone (relative error {error:.1e})"
-        if not all(bool(gradient.isfinite().all()) for gradient in expected):
-            # They overflow without packs too, and so say nothing of them.
-            return None
-        error = _relative_error(found, expected)
-        allowed = PROBE_GRADIENT_TOLERANCE if is_full else PROBE_GRADIENT_TOLERANCE_HALF
-        return None if error <= allowed else f"the gradients of a probe pack differ from its texts' (by {error:.1e})"
+        """``pack_probe.probe_on``: None, or why packs must not be used on a device where the model will be trained."""
+        return probe_on(self.backbone, self._pooled, device, cast=cast)
 
     def forward(
         self,
@@ -300,37 +223,6 @@ class RewardModel(nn.Module):
         last = (attention_mask * steps).argmax(dim=-1)
         pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
         return pooled
-
-
-def _gradients(pooled: torch.Tensor, direction: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Gradients of hidden states along a direction, of the weights that have any."""
-    if not weights:
-        return []
-    found = torch.autograd.grad((pooled * direction).sum(), weights, allow_unused=True)
-    return [gradient for gradient in found if gradient is not None]
-
-
-def _relative_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """The largest error of a gradient; infinite where one is not finite, or where they are not the same ones."""
-    if len(found) != len(expected):
-        return math.inf
-    norms = [float(tensor.double().norm()) for tensor in expected]
-    error = 0.0
-    for one, other, norm in zip(found, expected, norms, strict=True):
-        # A gradient that is next to nothing (a key's bias) is rounding alone.
-        difference = float((one.double() - other.double()).norm()) / max(norm, 0.1 * max(norms), 1e-12)
-        error = max(error, difference if math.isfinite(difference) else math.inf)
-    return error
-
-
-def kernel_failures() -> tuple[type[Exception], ...]:
-    """What kernels raise that cannot be imported, compiled or run."""
-    failures: tuple[type[Exception], ...] = (ContrastRMError, ImportError, OSError, RuntimeError, ValueError, TypeError)
-    failures += (ArithmeticError, AttributeError, LookupError, AssertionError)
-    if "triton.errors" in sys.modules:
-        # Its own errors derive from Exception alone.
-        failures += (sys.modules["triton.errors"].TritonError,)
-    return failures
 
 
 def _use_float32_head(classifier: PreTrainedModel) -> None:

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from codes.common.borrow import borrowed
 from codes.common.cli import launched_processes
 from codes.common.errors import ContrastRMError
 from codes.common.packed_attention import FLEX_BLOCK
@@ -32,6 +31,7 @@ from codes.train.checkpoints import recorded_budget
 from codes.train.draws import Draws
 from codes.train.engine import LoadedModel, autocast_dtype, offloaded, smallest_of_ranks, under_deepspeed, zero_stage
 from codes.train.losses import group_losses
+from codes.train.pack_probe import borrowed
 from codes.train.reward_model import RewardModel
 from codes.train.settings import Objective, TrainSettings
 
