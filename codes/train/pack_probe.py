@@ -20,9 +20,10 @@ from codes.common.packing import build_pack
 
 # Of a padded batch or a pack -> the last hidden state of each text, ``(n_texts, hidden)`` (``RewardModel._pooled``).
 PooledStates = Callable[..., torch.Tensor]
-# A pack whose tokens see what they should not is off by far more than rounding: relative error of the pooled hidden states.
+# Relative error of the pooled hidden states. A pack whose texts see each other is off by far more than rounding: by 0.38 and more
+# in small random decoders, where rounding in bfloat16 is up to 0.11 (measured on a CPU with AMX).
 PROBE_TOLERANCE = 1e-3
-PROBE_TOLERANCE_HALF = 0.05
+PROBE_TOLERANCE_HALF = 0.2
 # Of gradients. In bfloat16 those of small random decoders differ by up to 0.17 (measured); a lost term or a wrong mask is off by
 # as much as the gradient itself.
 PROBE_GRADIENT_TOLERANCE = 1e-2
