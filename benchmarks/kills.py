@@ -382,7 +382,7 @@ class Evaluation(Stage):
 
     def comparable(self, name: str) -> Mapping[str, bytes]:
         """The results files by name, without what may differ between two runs of the same evaluation."""
-        from codes.evaluate.scorer_setup import RUN_FIELDS
+        from codes.evaluate.results import RUN_FIELDS
 
         files: dict[str, bytes] = {}
         for path in sorted(self.results(name).iterdir()):

@@ -18,7 +18,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from codes.common.errors import ContrastRMError
-from codes.evaluate.scorer_setup import RUN_FIELDS, load_scorer
+from codes.evaluate.results import RUN_FIELDS
+from codes.evaluate.scorer_setup import load_scorer
+from codes.evaluate.settings import ScorerSettings
 from tests.conftest import REPO_ROOT
 from tests.eval_rows import evaluation_row
 
@@ -152,7 +154,7 @@ def test_a_device_of_all_processes_is_refused(tiny_llama_dir: Path, monkeypatch:
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as ended:
-        load_scorer(model_path="my-server", reward_url="http://127.0.0.1:9")
+        load_scorer(ScorerSettings(model_path="my-server", reward_url="http://127.0.0.1:9"))
     assert ended.value.code == 0
 
 

@@ -23,8 +23,10 @@ from codes.common.errors import ContrastRMError
 from codes.common.score_store import ScoreStore
 from codes.common.scoring import Scorer, count_tied, text_bytes
 from codes.evaluate import eval_reward_bench, eval_rm
-from codes.evaluate.api import RemoteScorer
-from codes.evaluate.scorer_setup import RUN_FIELDS, StoredScorer, load_scorer, loaded_weights_hash, making_of_scores
+from codes.evaluate.api import RemoteScorer, StoredScorer
+from codes.evaluate.results import RUN_FIELDS
+from codes.evaluate.scorer_setup import load_scorer, loaded_weights_hash, making_of_scores
+from codes.evaluate.settings import ScorerSettings
 from codes.train.reward_model import load_reward_model, save_reward_model
 from tests.conftest import REPO_ROOT
 from tests.eval_rows import evaluation_row
@@ -398,11 +400,17 @@ def test_a_scorer_of_another_kind_has_a_store_only_when_it_is_asked_for(tiny_lla
     url = "http://127.0.0.1:9/score"  # nobody is asked
     server = {"model_path": "my-server", "reward_url": url, "results_dir": str(tmp_path)}
     for choice in ("auto", "none"):
-        assert isinstance(load_scorer(**server, score_store=choice).scorer, RemoteScorer)
+        assert isinstance(load_scorer(ScorerSettings(**server, score_store=choice)).scorer, RemoteScorer)
     assert list(tmp_path.iterdir()) == []
-    stores = [load_scorer(**server, score_store=str(tmp_path / "s.sqlite")).scorer]
-    stores.append(load_scorer(**{**server, "model_path": "other"}, score_store=str(tmp_path / "s.sqlite")).scorer)
-    stores.append(load_scorer(**{**server, "reward_url": url + "2"}, score_store=str(tmp_path / "s.sqlite")).scorer)
+    stores = [load_scorer(ScorerSettings(**server, score_store=str(tmp_path / "s.sqlite"))).scorer]
+    stores.append(
+        load_scorer(ScorerSettings(**{**server, "model_path": "other"}, score_store=str(tmp_path / "s.sqlite"))).scorer
+    )
+    stores.append(
+        load_scorer(
+            ScorerSettings(**{**server, "reward_url": url + "2"}, score_store=str(tmp_path / "s.sqlite"))
+        ).scorer
+    )
     assert all(isinstance(scorer, StoredScorer) for scorer in stores)
     assert len({scorer.store.key(b"text") for scorer in stores}) == 3  # each its own scores
 
@@ -464,14 +472,14 @@ def test_a_changed_model_finds_no_old_score(
         "device": "cpu",
         "score_store": store,
     }
-    assert load_scorer(**usual).scorer.score(TEXTS).n_from_store == 0
+    assert load_scorer(ScorerSettings(**usual)).scorer.score(TEXTS).n_from_store == 0
     # The same weights in another folder are the same model.
     moved = {**usual, "model_path": str(variant(tiny_llama_dir, tmp_path, "moved", "none"))}
-    found = load_scorer(**moved).scorer.score(TEXTS)
+    found = load_scorer(ScorerSettings(**moved)).scorer.score(TEXTS)
     assert found.n_from_store == found.n_distinct
     changed = {**usual, "model_path": str(variant(tiny_llama_dir, tmp_path, "changed", change)), **options}
-    fresh = load_scorer(**{**changed, "score_store": "none"}).scorer.score(TEXTS)
-    kept = load_scorer(**changed).scorer.score(TEXTS)
+    fresh = load_scorer(ScorerSettings(**{**changed, "score_store": "none"})).scorer.score(TEXTS)
+    kept = load_scorer(ScorerSettings(**changed)).scorer.score(TEXTS)
     assert kept.n_from_store == 0
     np.testing.assert_array_equal(kept.scores, fresh.scores)
 
@@ -493,7 +501,7 @@ def test_adapters_on_the_same_base_are_other_models(tiny_llama_dir: Path) -> Non
 def test_changed_code_and_versions_are_another_making(
     tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded = load_scorer(model_path=str(tiny_llama_dir), device="cpu")
+    loaded = load_scorer(ScorerSettings(model_path=str(tiny_llama_dir), device="cpu"))
     assert isinstance(loaded.scorer, Scorer)
     before = making_of_scores(loaded.scorer.model, loaded.description)
     assert before == making_of_scores(loaded.scorer.model, loaded.description)

@@ -22,6 +22,7 @@ from codes.common.chat import ChatFormatter, Conversation, take_template
 from codes.common.errors import ContrastRMError
 from codes.evaluate import doctor, eval_reward_bench, eval_rm
 from codes.evaluate.scorer_setup import load_scorer
+from codes.evaluate.settings import ScorerSettings
 from codes.train.reward_model import load_reward_model
 from codes.train.train_reward_model import main as train
 from tests.conftest import CHATML, chatml_tokenizer, llama_tokenizer, save_tiny, spread
@@ -173,7 +174,7 @@ def test_what_cannot_be_a_template_is_refused(tiny_base_dir: Path, train_file: P
         with pytest.raises(ContrastRMError, match=words):
             trained(tiny_base_dir, train_file, tmp_path / "out", "--chat_template", path)
     with pytest.raises(ContrastRMError, match="can have no effect"):
-        load_scorer(model_path="baseline:shorter", chat_template="chatml")
+        load_scorer(ScorerSettings(model_path="baseline:shorter", chat_template="chatml"))
 
 
 def test_a_known_template_begins_with_bos_where_the_tokenizer_does() -> None:
@@ -264,7 +265,7 @@ def test_a_special_token_without_embedding_is_refused_where_a_text_holds_it(
     # Gemma 3 of 1B has one for images.
     image = {"additional_special_tokens": ["<image>"]}
     folder = edited(tiny_llama_dir, tmp_path / "rm", lambda tokenizer: tokenizer.add_special_tokens(image))
-    scorer = load_scorer(model_path=str(folder), device="cpu").scorer
+    scorer = load_scorer(ScorerSettings(model_path=str(folder), device="cpu")).scorer
     assert scorer.score([Conversation(TURNS[:1], "4")]).n_texts == 1
     with pytest.raises(ContrastRMError, match="holds the token '<image>', whose id .* is beyond the model's"):
         scorer.score([Conversation(TURNS[:1], "see <image>")])
@@ -295,7 +296,7 @@ def test_a_model_that_counts_positions_behind_the_padding_takes_two_tokens_less(
     write_rows: WriteRows, bias_data: Path, tmp_path: Path
 ) -> None:
     folder = roberta_folder(tmp_path / "roberta")
-    scorer = load_scorer(model_path=str(folder), device="cpu")
+    scorer = load_scorer(ScorerSettings(model_path=str(folder), device="cpu"))
     assert scorer.description["max_length"] == 160
     long = Conversation([{"role": "user", "content": "why is the cat on the mat " * 30}], "because")
     assert scorer.scorer.score([long]).n_truncated == 1

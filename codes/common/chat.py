@@ -13,14 +13,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from codes.common.errors import ContrastRMError
 from codes.common.records import Message, messages_to_text
 from codes.common.settings import OVERLENGTH_POLICIES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ENCODE_CHUNK = 1024
 # Templates that can be given by name to a tokenizer that has none.

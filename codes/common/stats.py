@@ -42,21 +42,6 @@ class Rate:
         return asdict(self)
 
 
-def _wilson_bounds(count: float, total: float) -> tuple[float, float]:
-    from statsmodels.stats.proportion import proportion_confint
-
-    low, high = proportion_confint(count, total, alpha=1 - CONFIDENCE, method="wilson")
-    return float(low), float(high)
-
-
-def _critical_values(degrees: int) -> tuple[float, float]:
-    """Two-sided critical values of the normal and of Student's t."""
-    from scipy import stats as scipy_stats
-
-    quantile = 0.5 + CONFIDENCE / 2
-    return float(scipy_stats.norm.ppf(quantile)), float(scipy_stats.t.ppf(quantile, degrees))
-
-
 def wilson(count: int, total: int) -> Rate:
     """Wilson score interval of a binomial rate.
 
@@ -68,7 +53,34 @@ def wilson(count: int, total: int) -> Rate:
         raise ValueError(f"count {count} is not within 0 and {total}")
     if total == 0:
         return Rate(0, 0, None, None, None)
-    return Rate(count, total, count / total, *_wilson_bounds(count, total))
+    low, high = wilson_bounds(count, total)
+    return Rate(count, total, count / total, low, high)
+
+
+def wilson_bounds(count: float, total: float) -> tuple[float, float]:
+    """The Wilson interval of a rate; counts need not be whole (effective numbers of rows).
+
+    Source: ``statsmodels.stats.proportion.proportion_confint``.
+    """
+    # Imported here: it takes a second, and --help needs none of it.
+    from statsmodels.stats.proportion import proportion_confint
+
+    low, high = proportion_confint(count, total, alpha=1 - CONFIDENCE, method="wilson")
+    return float(low), float(high)
+
+
+def t_quantile(degrees_of_freedom: int) -> float:
+    """Half-width of a 95 % interval in standard errors, by Student's t."""
+    from scipy.stats import t
+
+    return float(t.ppf(0.5 + CONFIDENCE / 2, degrees_of_freedom))
+
+
+def t_shrinkage(n_clusters: int) -> float:
+    """What an effective number of rows is multiplied by so that a normal interval becomes one of t: (z / t)^2."""
+    from scipy.stats import norm
+
+    return float((norm.ppf(0.5 + CONFIDENCE / 2) / t_quantile(n_clusters - 1)) ** 2)
 
 
 def cluster_rate(numerators: Sequence[int], denominators: Sequence[int], clusters: Sequence[str]) -> Rate:
@@ -101,7 +113,7 @@ def cluster_rate(numerators: Sequence[int], denominators: Sequence[int], cluster
     plain = wilson(count, total)
     if n_clusters < 2:
         # One cluster says nothing about its own spread: the honest interval is that of a single draw.
-        return Rate(count, total, rate, *_wilson_bounds(rate, 1))
+        return Rate(count, total, rate, *wilson_bounds(rate, 1))
     if 0 < count < total:
         residual = np.bincount(index, weights=x - rate * y)[counted]
         variance = n_clusters / (n_clusters - 1) * float((residual**2).sum()) / total**2
@@ -112,9 +124,8 @@ def cluster_rate(numerators: Sequence[int], denominators: Sequence[int], cluster
     # A design effect below 1 (clusters more alike than chance) is noise here: never narrower than independent rows.
     effective = total / max(1.0, design_effect)
     # Student's t instead of the normal for few clusters: scale the effective number accordingly.
-    z, t = _critical_values(n_clusters - 1)
-    effective *= (z / t) ** 2
-    return Rate(count, total, plain.rate, *_wilson_bounds(rate * effective, effective))
+    effective *= t_shrinkage(n_clusters)
+    return Rate(count, total, plain.rate, *wilson_bounds(rate * effective, effective))
 
 
 def mean_interval(values: Sequence[float], clusters: Sequence[str] | None = None) -> dict[str, Any]:
@@ -138,7 +149,7 @@ def mean_interval(values: Sequence[float], clusters: Sequence[str] | None = None
     if n_clusters < 2:
         return empty | {"mean": mean, "sd": sd}
     error = math.sqrt(n_clusters / (n_clusters - 1) * float((sums**2).sum())) / n
-    half = _critical_values(n_clusters - 1)[1] * error
+    half = t_quantile(n_clusters - 1) * error
     return {"mean": mean, "sd": sd, "n": n, "ci_low": mean - half, "ci_high": mean + half}
 
 
@@ -158,9 +169,9 @@ def sign_flip_p(
         return None if not np.any(values) else 1.0
     if len(sums) == 1:
         return 1.0  # one question: its two signs are all that there is
-    from scipy import stats as scipy_stats
+    from scipy.stats import permutation_test
 
-    result = scipy_stats.permutation_test(
+    result = permutation_test(
         (sums,),
         lambda signed, axis: signed.sum(axis=axis),
         permutation_type="samples",

@@ -18,8 +18,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import aiohttp
@@ -27,10 +28,11 @@ import numpy as np
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 from tqdm import tqdm
 
-from codes.common.chat import Conversation
+from codes.common.chat import Conversation, RefusedTexts
 from codes.common.errors import ContrastRMError
-from codes.common.records import Message, messages_to_text
-from codes.common.scoring import ScoreResult
+from codes.common.records import Message, ReadReport, messages_to_text, too_many_bad
+from codes.common.score_store import ScoreStore
+from codes.common.scores import ScoreResult, count_tied
 from codes.common.web import Connections, check_address, origin_of, proxy_of
 
 RETRIABLE_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -64,6 +66,16 @@ class TextScorer(Protocol):
     def score(self, conversations: Sequence[Conversation], description: str = ...) -> ScoreResult:
         """Score every conversation, in the caller's order; NaN where a text was left out for its length."""
         ...
+
+
+@dataclass(frozen=True)
+class LoadedScorer:
+    """A scorer and what its results must say about it."""
+
+    scorer: TextScorer
+    model_path: str
+    weight_hash: str
+    description: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -360,3 +372,134 @@ def _finite(value: Any) -> float | None:
     except OverflowError:
         return None
     return number if abs(number) <= float(np.finfo(np.float32).max) else None
+
+
+# --- a score store before a server ---
+
+
+class StoredScorer:
+    """A scorer of another kind (a reward server) before a score store.
+
+    Texts are handed on in the caller's order, ``TEXTS_AT_ONCE`` at a time, and stored together.
+    """
+
+    TEXTS_AT_ONCE = 256
+
+    def __init__(self, inner: TextScorer, store: ScoreStore) -> None:
+        self.inner = inner
+        self.store = store
+
+    def score(self, conversations: Sequence[Conversation], description: str = "scoring") -> ScoreResult:
+        """Score what the store does not hold.
+
+        Raises:
+            ContrastRMError: That of the inner scorer or of the store.
+        """
+        started = time.perf_counter()
+        keys = [self.store.key(json.dumps(text.turns(), sort_keys=True).encode()) for text in conversations]
+        distinct = dict(zip(keys, conversations, strict=True))
+        order = list(distinct)
+        values = self.store.look_up(order)
+        n_from_store = len(values)
+        results = []
+        for start in range(0, len(order), self.TEXTS_AT_ONCE):
+            part = order[start : start + self.TEXTS_AT_ONCE]
+            if any(key not in values for key in part):
+                results.append(self.inner.score([distinct[key] for key in part], description))
+                scores = results[-1].scores.tolist()
+                # A text that was left out for its length has no score.
+                found = {key: score for key, score in zip(part, scores, strict=True) if score == score}
+                values |= self.store.add(found)
+        missing = [key for key in keys if key not in values]
+        return ScoreResult(
+            scores=np.array([values.get(key, np.nan) for key in keys], dtype=np.float32),
+            n_texts=len(keys),
+            n_distinct=len(order) - len(set(missing)),
+            n_truncated=sum(result.n_truncated for result in results),
+            n_answer_cut=sum(result.n_answer_cut for result in results),
+            n_dropped=len(missing),
+            n_tokens=sum(result.n_tokens for result in results),
+            n_computed_tokens=sum(result.n_computed_tokens for result in results),
+            seconds=time.perf_counter() - started,
+            n_from_store=n_from_store,
+            n_tied_texts=count_tied(list(values.values())),
+        )
+
+
+# --- the rows of files ---
+
+
+@dataclass(frozen=True)
+class ScoredRow:
+    """The texts of one row of a file, and which of them are compared with each other (by their places)."""
+
+    file: str
+    line: int
+    texts: Sequence[Conversation]
+    compared: Sequence[tuple[int, int]]
+
+    @property
+    def place(self) -> str:
+        """File and line."""
+        return f"{self.file}:{self.line}"
+
+
+def score_rows(
+    scorer: TextScorer, rows: Sequence[ScoredRow], reports: Iterable[ReadReport] = (), max_bad_rows: int = 0
+) -> tuple[list[list[float]], ScoreResult]:
+    """Score the texts of all rows in one call.
+
+    A row with a text that the model's template refuses is a bad row of its file: it has no scores.
+
+    Args:
+        reports: Of the files, with the bad rows that they have already.
+
+    Returns:
+        The scores of each row, and what the scoring took.
+
+    Raises:
+        ContrastRMError: A file has more bad rows than allowed, or what the scorer raises.
+    """
+    texts = [text for row in rows for text in row.texts]
+    owners = [number for number, row in enumerate(rows) for _ in row.texts]
+    refused: dict[int, str] = {}
+    try:
+        result = scorer.score(texts, "scoring")
+    except RefusedTexts as refusal:
+        for place, reason in refusal.reasons.items():
+            refused.setdefault(owners[place], f"{rows[owners[place]].place}: {reason}")
+        _check_bad_rows(rows, refused, reports, max_bad_rows)
+        accepted = [place for place, owner in enumerate(owners) if owner not in refused]
+        part = scorer.score([texts[place] for place in accepted], "scoring")
+        scores, seen_as = np.full(len(texts), np.nan, dtype=np.float32), np.full(len(texts), -1)
+        scores[accepted] = part.scores
+        seen_as[accepted] = part.seen_as
+        result = replace(
+            part, scores=scores, seen_as=tuple(seen_as.tolist()), n_texts=len(texts), refused=tuple(refused.values())
+        )
+    every = iter(result.scores.tolist())
+    found = [[next(every) for _ in row.texts] for row in rows]
+    return found, replace(result, equal_rows=tuple(_equal_rows(rows, result.seen_as)))
+
+
+def _check_bad_rows(
+    rows: Sequence[ScoredRow], refused: Mapping[int, str], reports: Iterable[ReadReport], max_bad_rows: int
+) -> None:
+    n_bad = Counter({report.path: len(report.bad) for report in reports})
+    for number, message in refused.items():
+        file = rows[number].file
+        n_bad[file] += 1
+        if n_bad[file] > max_bad_rows:
+            raise too_many_bad(message, n_bad[file], max_bad_rows)
+
+
+def _equal_rows(rows: Sequence[ScoredRow], seen_as: Sequence[int] | None) -> Iterator[str]:
+    """Places of rows that compare two different texts which have become one to the model."""
+    if seen_as is None:
+        return
+    start = 0
+    for row in rows:
+        numbers = seen_as[start : start + len(row.texts)]
+        start += len(row.texts)
+        if any(numbers[a] == numbers[b] != -1 and row.texts[a] != row.texts[b] for a, b in row.compared):
+            yield row.place

@@ -21,7 +21,7 @@ import numpy as np
 
 from codes.common.chat import Conversation
 from codes.common.errors import ContrastRMError
-from codes.common.scoring import ScoreResult
+from codes.common.scores import ScoreResult
 
 BASELINE_PREFIX = "baseline:"
 # In the order of the tables.

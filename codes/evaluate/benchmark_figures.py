@@ -35,7 +35,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import DegenerateDataWarning, bootstrap
 
 from codes.common.errors import RecordError
 from codes.common.questions import question_key
@@ -418,6 +417,8 @@ class WeightedMeans:
             with np.errstate(invalid="ignore"):
                 parts = self.sums[chosen].sum(axis=-2) / self.counts[chosen].sum(axis=-2)
             return np.asarray(parts @ self.weights)
+
+        from scipy.stats import DegenerateDataWarning, bootstrap
 
         with warnings.catch_warnings():
             # All draws may be alike: then the interval has no width, and that is what is reported.

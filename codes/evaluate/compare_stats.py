@@ -23,9 +23,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats as scipy_stats
-from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.multitest import multipletests
 
 from codes.common.stats import CONFIDENCE, cluster_index
 from codes.evaluate.metrics import paired_flip_p
@@ -193,10 +190,12 @@ def _bootstrap(table: _ClusterTable, n_resamples: int, seed: int) -> tuple[list[
         return None, None
     if table.is_the_same_twice:
         return None, 0.0
+    from scipy.stats import DegenerateDataWarning, bootstrap
+
     with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
         # A distribution without spread has no BCa interval: that is what the None below says.
-        warnings.simplefilter("ignore", scipy_stats.DegenerateDataWarning)
-        found = scipy_stats.bootstrap(
+        warnings.simplefilter("ignore", DegenerateDataWarning)
+        found = bootstrap(
             (np.arange(table.n),),
             difference,
             n_resamples=n_resamples,
@@ -221,7 +220,9 @@ def _mcnemar(part: PairedPart) -> tuple[str, float | None, int, int]:
     if len(set(clusters)) < len(clusters):
         return "McNemar, exact by question", paired_flip_p((a.astype(int) - b).tolist(), clusters), only_a, only_b
     if only_a + only_b == 0:
-        return "McNemar, exact", None, 0, 0
+        from statsmodels.stats.contingency_tables import mcnemar
+
+    return "McNemar, exact", None, 0, 0
     both, neither = int((a & b).sum()), int((~a & ~b).sum())
     return "McNemar, exact", float(mcnemar([[both, only_a], [only_b, neither]], exact=True).pvalue), only_a, only_b
 
@@ -238,7 +239,9 @@ def _swap_p(table: _ClusterTable, n_resamples: int, seed: int) -> float | None:
         # A draw that leaves a model without a denominator shows no difference.
         return np.nan_to_num(table.swapped_statistic(flat)).reshape(swapped.shape[:-1])
 
-    found = scipy_stats.permutation_test(
+    from scipy.stats import permutation_test
+
+    found = permutation_test(
         (np.arange(table.n), np.arange(table.n) + table.n),
         difference,
         permutation_type="samples",
@@ -262,7 +265,9 @@ def minimum_detectable_effect(standard_error: float | None, n_questions: int, *,
     """
     if not standard_error or n_questions < 2:
         return None
-    quantiles = scipy_stats.t.ppf([1 - ALPHA / n_tests / 2, POWER], n_questions - 1)
+    from scipy.stats import t
+
+    quantiles = t.ppf([1 - ALPHA / n_tests / 2, POWER], n_questions - 1)
     return float(quantiles.sum()) * standard_error
 
 
@@ -271,6 +276,8 @@ def adjust(p_values: Sequence[float | None]) -> list[dict[str, float | None]]:
     known = [p for p in p_values if p is not None]
     if not known:
         return [{"p_holm": None, "p_bh": None} for _ in p_values]
+    from statsmodels.stats.multitest import multipletests
+
     holm = iter(multipletests(known, method="holm")[1].tolist())
     bh = iter(multipletests(known, method="fdr_bh")[1].tolist())
     return [{"p_holm": None, "p_bh": None} if p is None else {"p_holm": next(holm), "p_bh": next(bh)} for p in p_values]

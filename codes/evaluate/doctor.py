@@ -39,10 +39,9 @@ from codes.common.cli import natural, run
 from codes.common.errors import ContrastRMError
 from codes.common.records import read_bias_file
 from codes.common.scoring import ROUNDING_OF_FLOAT32, ROUNDING_OF_HALF, Scorer, collate_texts
-from codes.common.settings import OVERLENGTH_POLICIES, TEMPLATE_HELP
+from codes.common.settings import DTYPES, OVERLENGTH_POLICIES, TEMPLATE_HELP
 from codes.evaluate.scorer_setup import choose_device, snapshot_folder
 from codes.train.reward_model import (
-    DTYPES,
     PINNED_DATE,
     RewardModel,
     embedding_rows,

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from codes.common.chat import Conversation
-from codes.common.cli import natural, run
+from codes.common.cli import run
 from codes.common.records import ReadReport, ensure_writable_folder, write_json, write_jsonl
 from codes.common.reporting import percent, percent_interval, rate_cell, text_table
-from codes.common.scoring import ScoreResult
+from codes.common.scores import ScoreResult
+from codes.common.settings import add_settings, settings_from
 from codes.common.verdicts import judge_pair
-from codes.evaluate.api import TextScorer
-from codes.evaluate.benchmark_figures import SECTIONS, SUBSET_BY_NAME, BenchmarkItem, ItemOutcome
+from codes.evaluate.api import ScoredRow, TextScorer, score_rows
+from codes.evaluate.benchmark_figures import SUBSET_BY_NAME, BenchmarkItem, ItemOutcome
 from codes.evaluate.benchmarks import (
     BENCHMARKS,
     REWARD_BENCH,
@@ -36,33 +37,14 @@ from codes.evaluate.benchmarks import (
 )
 from codes.evaluate.report import write_report
 from codes.evaluate.report_tables import SECTION_HEADER, SUBSET_HEADER, reward_bench_lines, section_rows, subset_rows
-from codes.evaluate.scorer_setup import (
-    ScoredRow,
-    add_model_arguments,
-    json_score,
-    load_scorer,
-    model_results_folder,
-    result_metadata,
-    score_rows,
-    scorer_options,
-    scoring_notes,
-)
+from codes.evaluate.results import json_score, model_results_folder, result_metadata, scoring_notes
+from codes.evaluate.settings import BenchmarkSettings
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line of this module."""
     parser = argparse.ArgumentParser(description="RewardBench accuracy of a reward model.")
-    add_model_arguments(parser)
-    parser.add_argument(
-        "--data_file", default="data/eval/reward_bench/own_sample.jsonl", help="rows in a published format"
-    )
-    parser.add_argument(
-        "--format", default="auto", choices=("auto", *BENCHMARKS), help="of the file; auto: by the keys of its rows"
-    )
-    parser.add_argument(
-        "--category", default="all", help=f"all, or one of {', '.join(SECTIONS)}; in other formats a subset's name"
-    )
-    parser.add_argument("--limit_per_subset", type=natural, default=0, help="at most so many rows a subset; 0: all")
+    add_settings(parser, BenchmarkSettings)
     return parser
 
 
@@ -162,26 +144,29 @@ def print_summary(name: str, summary: Mapping[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluate, write, print."""
-    args = build_parser().parse_args(argv)
-    name = detect_format(args.data_file) if args.format == "auto" else args.format
+    settings = settings_from(build_parser().parse_args(argv), BenchmarkSettings)
+    model = settings.scorer
+    name = detect_format(settings.data_file) if settings.format == "auto" else settings.format
     # Everything that can be wrong for free is found before the model is loaded.
     items, reports = read_benchmark(
-        args.data_file,
+        settings.data_file,
         name,
-        category=args.category,
-        limit=args.limit_per_subset,
-        seed=args.seed,
-        max_bad_rows=args.max_bad_rows,
+        category=settings.category,
+        limit=settings.limit_per_subset,
+        seed=model.seed,
+        max_bad_rows=model.max_bad_rows,
     )
-    source = describe_source(args.data_file, items)
-    ensure_writable_folder(args.results_dir)
-    loaded = load_scorer(**scorer_options(args))
-    folder = model_results_folder(args.results_dir, loaded.model_path, loaded.weight_hash)
-    outcomes, result = evaluate(loaded.scorer, items, reports, max_bad_rows=args.max_bad_rows)
+    source = describe_source(settings.data_file, items)
+    ensure_writable_folder(model.results_dir)
+    from codes.evaluate.scorer_setup import load_scorer  # torch is loaded when everything else is known to be right
+
+    loaded = load_scorer(model)
+    folder = model_results_folder(model.results_dir, loaded.model_path, loaded.weight_hash)
+    outcomes, result = evaluate(loaded.scorer, items, reports, max_bad_rows=model.max_bad_rows)
     figures = BENCHMARKS[name].summarise(outcomes)
     label = label_of(name, source, figures["complete"])
-    metadata = result_metadata(loaded, result, reports, args.seed)
-    limits = {"category": args.category, "limit_per_subset": args.limit_per_subset}
+    metadata = result_metadata(loaded, result, reports, model.seed)
+    limits = {"category": settings.category, "limit_per_subset": settings.limit_per_subset}
     summary = {"label": label, "metadata": metadata | {"format": name, **limits, "source": source}, **figures}
     write_jsonl(folder / f"{name}.jsonl", [{"label": label} | outcome_row(name, outcome) for outcome in outcomes])
     write_json(folder / f"{name}_summary.json", summary)

@@ -22,7 +22,7 @@ from typing import Any
 
 from codes.common.biases import EVALUABLE, Bias, eval_file_name, get_bias
 from codes.common.chat import Conversation
-from codes.common.cli import natural, run
+from codes.common.cli import run
 from codes.common.errors import ContrastRMError
 from codes.common.questions import choose_subset
 from codes.common.records import (
@@ -36,8 +36,9 @@ from codes.common.records import (
     write_jsonl,
 )
 from codes.common.reporting import rate_cell, text_table
-from codes.common.scoring import ScoreResult
-from codes.evaluate.api import TextScorer
+from codes.common.scores import ScoreResult
+from codes.common.settings import add_settings, settings_from
+from codes.evaluate.api import ScoredRow, TextScorer, score_rows
 from codes.evaluate.baselines import BASELINES, BaselineScorer
 from codes.evaluate.data_checks import Defect, audit, flagged_lines, kinds_by_line, lines_by_kind, manifest_rows
 from codes.evaluate.metrics import (
@@ -53,18 +54,8 @@ from codes.evaluate.metrics import (
 )
 from codes.evaluate.report import write_report
 from codes.evaluate.report_tables import BIAS_HEADER, REFINEMENT_HEADER, bias_rows, refinement_rows
-from codes.evaluate.results import BIAS_SUMMARY
-from codes.evaluate.scorer_setup import (
-    ScoredRow,
-    add_model_arguments,
-    json_score,
-    load_scorer,
-    model_results_folder,
-    result_metadata,
-    score_rows,
-    scorer_options,
-    scoring_notes,
-)
+from codes.evaluate.results import BIAS_SUMMARY, json_score, model_results_folder, result_metadata, scoring_notes
+from codes.evaluate.settings import BiasSettings
 
 # The user turn between an answer and its refined version.
 REFINEMENT_REQUEST = "Please refine your answer."
@@ -103,12 +94,7 @@ class BiasData:
 def build_parser() -> argparse.ArgumentParser:
     """Command line of this module."""
     parser = argparse.ArgumentParser(description="Measure the biases of a reward model.")
-    add_model_arguments(parser)
-    parser.add_argument("--data_dir", default="data/eval", help="folder of the <bias>_bias.jsonl files")
-    parser.add_argument(
-        "--bias_type", default="all", help=f"all, or one or more of {', '.join(EVALUABLE)} (with commas)"
-    )
-    parser.add_argument("--limit_per_bias", type=natural, default=0, help="at most so many rows a bias; 0: all")
+    add_settings(parser, BiasSettings)
     return parser
 
 
@@ -478,57 +464,65 @@ def write_results(
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluate, write, print."""
-    args = build_parser().parse_args(argv)
+    settings = settings_from(build_parser().parse_args(argv), BiasSettings)
+    model = settings.scorer
     # Everything that can be wrong for free is found before the model is loaded.
     data = read_bias_data(
-        args.data_dir,
-        bias_names(args.bias_type),
-        limit=args.limit_per_bias,
-        seed=args.seed,
-        max_bad_rows=args.max_bad_rows,
+        settings.data_dir,
+        bias_names(settings.bias_type),
+        limit=settings.limit_per_bias,
+        seed=model.seed,
+        max_bad_rows=model.max_bad_rows,
     )
-    ensure_writable_folder(args.results_dir)
-    for some in data:
-        chosen = (
-            f"{len(some.records)} of {some.report.n_good} rows" if args.limit_per_bias else f"{len(some.records)} rows"
-        )
-        bad = f", {len(some.report.bad)} bad rows left out" if some.report.bad else ""
-        print(f"{some.bias.name}: {chosen}{bad} ({some.report.path})")
-    loaded = load_scorer(**scorer_options(args))
-    folder = model_results_folder(args.results_dir, loaded.model_path, loaded.weight_hash)
-    outcomes, result = evaluate(loaded.scorer, data, max_bad_rows=args.max_bad_rows)
-    found = audit({some.bias.name: some.records for some in data})
-    defects = {name: lines_by_kind(some) for name, some in found.items() if some}
-    metadata = result_metadata(loaded, result, [report for some in data for report in some.reports], args.seed)
-    metadata |= {
-        "limit_per_bias": args.limit_per_bias,
-        "data_defects": defects,
-        "placebo_sentence": PLACEBO_SENTENCE,
-        "placebo_source": {
-            some.bias.name: some.placebo_report.path if some.placebo_report else PLACEBO_SENTENCE
-            for some in data
-            if some.bias.kind == "identity"
-        },
-        "refinement_request": REFINEMENT_REQUEST,
-    }
+    ensure_writable_folder(model.results_dir)
+    for of_bias in data:
+        n, n_good, n_bad = len(of_bias.records), of_bias.report.n_good, len(of_bias.report.bad)
+        chosen = f"{n} of {n_good} rows" if settings.limit_per_bias else f"{n} rows"
+        bad = f", {n_bad} bad rows left out" if n_bad else ""
+        print(f"{of_bias.bias.name}: {chosen}{bad} ({of_bias.report.path})")
+    from codes.evaluate.scorer_setup import load_scorer  # torch is loaded when everything else is known to be right
+
+    loaded = load_scorer(model)
+    folder = model_results_folder(model.results_dir, loaded.model_path, loaded.weight_hash)
+    outcomes, result = evaluate(loaded.scorer, data, max_bad_rows=model.max_bad_rows)
+    defects = audit({of_bias.bias.name: of_bias.records for of_bias in data})
+    by_kind = {name: lines_by_kind(of_bias) for name, of_bias in defects.items() if of_bias}
+    metadata = result_metadata(loaded, result, [report for of_bias in data for report in of_bias.reports], model.seed)
+    metadata |= {"limit_per_bias": settings.limit_per_bias, "data_defects": by_kind, **protocol(data)}
     figures = summarise(
         outcomes,
-        baselines=score_baselines(data, outcomes, args.seed),
-        flagged={name: flagged_lines(some) for name, some in found.items()},
+        baselines=score_baselines(data, outcomes, model.seed),
+        flagged={name: flagged_lines(of_bias) for name, of_bias in defects.items()},
     )
     summary = {"metadata": metadata, **figures}
-    kinds = {name: kinds_by_line(some) for name, some in found.items()}
-    rows = {name: [outcome_row(o, kinds[name].get(o.line, ())) for o in some] for name, some in outcomes.items()}
-    write_results(folder, summary, rows, found, data)
+    kinds = {name: kinds_by_line(of_bias) for name, of_bias in defects.items()}
+    rows = {
+        name: [outcome_row(outcome, kinds[name].get(outcome.line, ())) for outcome in of_bias]
+        for name, of_bias in outcomes.items()
+    }
+    write_results(folder, summary, rows, defects, data)
     write_report(folder)
     print()
     print_tables(summary, folder.name)
     # A baseline sees no cue: that it left no trace says nothing.
     traces = [] if isinstance(loaded.scorer, BaselineScorer) else trace_notes(summary)
-    for note in scoring_notes(result) + traces + defect_notes(defects):
+    for note in scoring_notes(result) + traces + defect_notes(by_kind):
         print(f"note: {note}")
     print(f"results: {folder}")
     return 0
+
+
+def protocol(data: Sequence[BiasData]) -> dict[str, Any]:
+    """What the pairs of a bias evaluation are made with, for the metadata."""
+    return {
+        "placebo_sentence": PLACEBO_SENTENCE,
+        "placebo_source": {
+            of_bias.bias.name: of_bias.placebo_report.path if of_bias.placebo_report else PLACEBO_SENTENCE
+            for of_bias in data
+            if of_bias.bias.kind == "identity"
+        },
+        "refinement_request": REFINEMENT_REQUEST,
+    }
 
 
 if __name__ == "__main__":

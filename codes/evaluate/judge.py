@@ -96,7 +96,7 @@ from codes.evaluate.metrics import (
 )
 from codes.evaluate.report import write_report
 from codes.evaluate.report_tables import BIAS_HEADER, REFINEMENT_HEADER, bias_rows, refinement_rows
-from codes.evaluate.scorer_setup import model_results_folder
+from codes.evaluate.results import model_results_folder
 
 PROMPT_VERSION = "1"
 TIE = "tie"

@@ -75,14 +75,21 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from scipy import stats as scipy_stats
-from statsmodels.regression.linear_model import OLS
-from statsmodels.stats.proportion import proportion_confint
 
 from codes.common.biases import PAIRWISE
 from codes.common.errors import ContrastRMError
 from codes.common.questions import question_key
-from codes.common.stats import CONFIDENCE, Rate, cluster_index, cluster_rate, mean_interval, sign_flip_p, wilson
+from codes.common.stats import (
+    CONFIDENCE,
+    Rate,
+    cluster_index,
+    cluster_rate,
+    mean_interval,
+    sign_flip_p,
+    t_shrinkage,
+    wilson,
+    wilson_bounds,
+)
 from codes.common.verdicts import VERDICTS, Verdict, judge_pair
 
 FlipCause = Literal["chosen_alone", "rejected_alone", "either_alone", "only_both"]
@@ -323,10 +330,8 @@ def _effective_wilson(mean: float, kish: float, influence: Sequence[float]) -> l
         variance = n_clusters / (n_clusters - 1) * sum(x * x for x in influence)
         if variance > 0:
             effective = min(kish, mean * (1 - mean) / variance)
-        z = scipy_stats.norm.ppf(0.5 + CONFIDENCE / 2)
-        effective *= (z / scipy_stats.t.ppf(0.5 + CONFIDENCE / 2, n_clusters - 1)) ** 2
-    low, high = proportion_confint(mean * effective, effective, alpha=1 - CONFIDENCE, method="wilson")
-    return [float(low), float(high)]
+        effective *= t_shrinkage(n_clusters)
+    return list(wilson_bounds(mean * effective, effective))
 
 
 def paired_flip_p(differences: Sequence[int], clusters: Sequence[str]) -> float | None:
@@ -608,6 +613,8 @@ def _length_regression(outcomes: Sequence[PairOutcome], deviation: float | None)
     change = np.array([outcome.log_length_ratio_change for outcome in outcomes])
     if len(set(clusters)) < MIN_CLUSTERS_FOR_REGRESSION or float(np.ptp(change)) < 1e-9:
         return None
+    from statsmodels.regression.linear_model import OLS
+
     gap_change = np.array([outcome.gap_change for outcome in outcomes])
     model = OLS(gap_change, np.column_stack([np.ones_like(change), change]))
     fit = model.fit(cov_type="cluster", cov_kwds={"groups": cluster_index(clusters)}, use_t=True)

@@ -1,7 +1,7 @@
-"""What the results folders of evaluated models hold, and what makes two of them not comparable.
+"""The results folders of evaluated models: whose they are, what they hold, and what makes two of them not comparable.
 
 Reads ``bias_summary.json``, ``bias_<bias>.jsonl``, ``reward_bench_summary.json`` and the summaries of other benchmarks; any
-of them may be absent, and what a summary must have is checked. Writes nothing.
+of them may be absent, and what a summary must have is checked. Writes ``model.json``, which says whose results lie in a folder.
 
     python -m pytest tests/test_report.py -k broken
 """
@@ -9,18 +9,26 @@ of them may be absent, and what a summary must have is checked. Writes nothing.
 from __future__ import annotations
 
 import json
+import shutil
+import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from codes.common.biases import EVALUABLE, PAIRWISE, eval_file_name
 from codes.common.errors import ContrastRMError, RecordError
-from codes.common.records import iter_jsonl
+from codes.common.records import ReadReport, ensure_writable_folder, file_sha256, iter_jsonl, write_json
+from codes.common.reporting import run_metadata
+from codes.common.scores import Invariance, ScoreResult
+from codes.evaluate.api import LoadedScorer
 from codes.evaluate.benchmarks import BENCHMARKS, REWARD_BENCH
 
+MODEL_FILE = "model.json"
 BIAS_SUMMARY = "bias_summary.json"
+# Where two runs of the same evaluation may differ: times, and what a killed run had already done.
+RUN_FIELDS = ("created_utc", "wall_seconds", "n_computed_tokens", "n_from_store", "score_store", "n_processes")
 REFINEMENT = "refinement-aware"
 # What every summary has had from the first version on; anything else may be missing and is then named.
 PAIR_FIELDS = ("n_pairs", "n_excluded", "n_original_ties", "n_biased_ties", "original_pair_accuracy",
@@ -192,6 +200,131 @@ def read_results(folders: Sequence[Path]) -> list[ModelResults]:
         rows = read_model_rows(unique, folder, bias) if bias is not None else []
         results.append(ModelResults(unique, folder, bias, reward_bench, rows, benchmarks))
     return results
+
+
+# --- whose they are, and how they came about ---
+
+
+def model_results_folder(results_dir: str | Path, model_path: str, weight_hash: str) -> Path:
+    """The results folder of one model: ``<results_dir>/<name of the model folder>``.
+
+    Where that folder holds the results of other weights (its ``model.json`` says whose), the first eight
+    digits of the weight hash are added. ``model.json`` is written.
+
+    Raises:
+        ContrastRMError: The folder cannot be made or written, or its ``model.json`` cannot be read.
+    """
+    name = Path(model_path).resolve().name if Path(model_path).exists() else Path(model_path).name
+    folder, owner = Path(results_dir) / name, {"model_path": model_path, "weight_hash": weight_hash}
+    if not folder.exists():
+        _make_claimed(folder, owner)
+    if not _is_free_for(folder, weight_hash):
+        folder = Path(results_dir) / f"{name}-{weight_hash[:8]}"
+    ensure_writable_folder(folder)
+    write_json(folder / MODEL_FILE, owner)
+    return folder
+
+
+def _make_claimed(folder: Path, owner: Mapping[str, str]) -> None:
+    """Make a folder that says whose it is from its first moment on: two evaluations of a model may begin at once.
+
+    Where another process was faster, its folder stays.
+    """
+    made = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        made.mkdir(parents=True)
+        write_json(made / MODEL_FILE, owner)
+        made.rename(folder)
+    except (OSError, ContrastRMError):
+        # What cannot be written is said where the folder is needed.
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _is_free_for(folder: Path, weight_hash: str) -> bool:
+    owner = folder / MODEL_FILE
+    if not owner.exists():
+        # Results that do not say whose they are are somebody else's.
+        return not folder.is_dir() or not any(folder.iterdir())
+    try:
+        return bool(json.loads(owner.read_text(encoding="utf-8"))["weight_hash"] == weight_hash)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ContrastRMError(
+            f"cannot read {owner}: {error}; move {folder} away or choose another --results_dir"
+        ) from error
+
+
+def result_metadata(
+    loaded: LoadedScorer, result: ScoreResult, reports: Iterable[ReadReport], seed: int
+) -> dict[str, Any]:
+    """What a summary says of its making (DESIGN: model, data, versions, cost)."""
+    return {
+        **loaded.description,
+        "data_files": [
+            {
+                "path": report.path,
+                "sha256": file_sha256(report.path),
+                "n_rows": report.n_rows,
+                "n_bad_rows": len(report.bad),
+                "bad_rows": report.bad,
+            }
+            for report in reports
+        ],
+        "seed": seed,
+        "wall_seconds": result.seconds,
+        "n_texts": result.n_texts,
+        "n_distinct_texts": result.n_distinct,
+        "n_truncated_texts": result.n_truncated,
+        "n_answer_cut_texts": result.n_answer_cut,
+        "n_dropped_texts": result.n_dropped,
+        "n_tokens": result.n_tokens,
+        "n_computed_tokens": result.n_computed_tokens,
+        "n_from_store": result.n_from_store,
+        "n_tied_texts": result.n_tied_texts,
+        "refused_rows": list(result.refused),
+        "equal_rows": list(result.equal_rows),
+        "invariance": None if result.invariance is None else asdict(result.invariance),
+        **run_metadata(),
+    }
+
+
+def scoring_notes(result: ScoreResult) -> list[str]:
+    """Sentences for the console: what came from the store, ties, cut texts, and whether a text's company matters."""
+    notes = []
+    if result.n_from_store is not None:
+        n_computed = result.n_distinct - result.n_from_store
+        notes.append(
+            f"score store: {result.n_from_store} of {result.n_distinct} distinct texts found, {n_computed} computed"
+        )
+    if result.n_tied_texts:
+        notes.append(f"{result.n_tied_texts} of {result.n_distinct} distinct texts share their score with another one")
+    if result.n_truncated:
+        notes.append(f"{result.n_truncated} of {result.n_texts} texts were cut, {result.n_answer_cut} in the answer")
+    notes += [f"bad row left out: {message}" for message in result.refused]
+    if result.equal_rows:
+        shown = ", ".join(result.equal_rows[:5]) + (", ..." if len(result.equal_rows) > 5 else "")
+        notes.append(
+            f"{len(result.equal_rows)} rows compare answers that are the same to the model once they are rendered and cut, and "
+            f"count as ties: {shown}; look at the chat template and --max_length"
+        )
+    if result.n_dropped:
+        notes.append(f"{result.n_dropped} of {result.n_texts} texts were dropped; their pairs are excluded")
+    return notes + _invariance_notes(result.invariance)
+
+
+def _invariance_notes(found: Invariance | None) -> list[str]:
+    if found is None:
+        return []
+    spread = f" ({found.max_difference / found.score_sd:.1e} of the scores' SD)" if found.score_sd else ""
+    note = f"{found.n_texts} texts scored again alone differ by at most {found.max_difference:.1e}{spread}"
+    if found.is_rounding:
+        return [note]
+    cure = "look at python -m codes.evaluate.doctor, or use --packing off --score_store none"
+    return [f"WARNING: {note}, more than rounding explains: scores depend on their batch; {cure}"]
+
+
+def json_score(score: float) -> float | None:
+    """A score as JSON has it: None where the text was dropped (JSON knows no NaN)."""
+    return None if score != score else float(score)
 
 
 # --- are they comparable? ---

@@ -42,6 +42,7 @@ from codes.common.packed_attention import install_packed_attention, why_not_pack
 from codes.common.packing import PackLayout
 from codes.common.records import ensure_writable_folder, write_json
 from codes.common.rope import forget_long_texts, rope_limit
+from codes.common.settings import DTYPES
 from codes.train.lora import (
     ADAPTER_FOLDER,
     LoraSettings,
@@ -56,7 +57,6 @@ from codes.train.lora import (
 )
 from codes.train.pack_probe import probe, probe_on
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 PAD_TOKEN = "<|contrastrm_pad|>"
 # The date that Llama 3.1's own template falls back to.
 PINNED_DATE = '{%- set date_string = "26 Jul 2024" %}'
