@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from codes.common.errors import ContrastRMError
-from codes.evaluate import doctor
-from codes.evaluate.doctor import FAIL, PASS, WARN, Finding, Patient
+from codes.evaluate import doctor, health
+from codes.evaluate.health import FAIL, PASS, WARN, Finding, Patient
 from codes.train.reward_model import load_reward_model, save_reward_model
 from tests.conftest import CHATML, LLAMA3, llama_tokenizer, run_module, save_tiny, spread, tiny_config, train_tokenizer
 from tests.test_scoring import bert
@@ -69,14 +69,14 @@ def sick(healthy: Path, tmp_path: Path) -> Path:
 
 
 def examine(folder: Path, **options: Any) -> dict[str, Finding]:
-    findings = doctor.examine(str(folder), device="cpu", **options)
+    findings = health.examine(str(folder), device="cpu", **options)
     assert all(bool(finding.cure) == (finding.status != PASS) for finding in findings)
     return {finding.check: finding for finding in findings}
 
 
 def status_of(check: Callable[[Patient], Finding], folder: Path, **options: Any) -> tuple[str, str]:
     """Status of one check, and its words."""
-    finding = check(doctor.admit(str(folder), device="cpu", **options))
+    finding = check(health.admit(str(folder), device="cpu", **options))
     assert bool(finding.cure) == (finding.status != PASS)
     return finding.status, f"{finding.found} {finding.cure}"
 
@@ -126,7 +126,7 @@ def test_without_room_for_a_copy_the_doctor_goes_on(
     healthy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
-    status, words = status_of(doctor.check_save, healthy)
+    status, words = status_of(health.check_save, healthy)
     assert status == WARN and "not examined" in words and "set TMPDIR" in words
 
 
@@ -149,7 +149,7 @@ def test_a_head_that_is_no_head(value: float, found: str, sick: Path) -> None:
 
 def test_a_pipeline_would_apply_a_sigmoid(sick: Path) -> None:
     edit_json(sick / "config.json", problem_type=None)
-    status, words = status_of(doctor.check_head, sick)
+    status, words = status_of(health.check_head, sick)
     assert status == WARN and "sigmoid" in words
 
 
@@ -165,13 +165,13 @@ def test_a_pad_token_without_embedding(sick: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(sick)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(sick)
-    status, words = status_of(doctor.check_vocabulary, sick)
+    status, words = status_of(health.check_vocabulary, sick)
     assert status == FAIL and "plain transformers cannot load it" in words
 
 
 def test_a_head_that_is_rounded_on_loading(sick: Path) -> None:
     edit_json(sick / "config.json", dtype="bfloat16")
-    status, words = status_of(doctor.check_head_precision, sick)
+    status, words = status_of(health.check_head_precision, sick)
     assert status == FAIL and "saved as float32" in words and 'set "dtype": "float32"' in words
 
 
@@ -188,41 +188,41 @@ def test_pad_tokens(tiny_qwen_dir: Path, tmp_path: Path) -> None:
         (absent, "the tokenizer has none", "plain transformers refuses"),
         (tiny_qwen_dir, "config.json says", "in a padded batch"),
     ]:
-        for check, expected in ((doctor.check_pad, pad), (doctor.check_pooled_token, pooled)):
+        for check, expected in ((health.check_pad, pad), (health.check_pooled_token, pooled)):
             status, words = status_of(check, folder)
             assert status == FAIL and expected in words
 
 
 def test_eos_tokens(sick: Path) -> None:
     edit_json(sick / "config.json", eos_token_id=100_000)
-    assert status_of(doctor.check_eos, sick)[0] == FAIL
+    assert status_of(health.check_eos, sick)[0] == FAIL
     edit_json(sick / "config.json", eos_token_id=0)
-    assert status_of(doctor.check_eos, sick)[0] == WARN
+    assert status_of(health.check_eos, sick)[0] == WARN
     edit_template(sick, "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}")
     edit_json(sick / "config.json", eos_token_id=AutoTokenizer.from_pretrained(sick).eos_token_id)
-    status, words = status_of(doctor.check_eos, sick)
+    status, words = status_of(health.check_eos, sick)
     assert status == WARN and "closes a turn with nothing" in words
 
 
 def test_a_doubled_and_a_missing_bos(tmp_path: Path) -> None:
     tokenizer = llama_tokenizer(pad="<|end_of_text|>")
     folder = llama_folder(tmp_path / "llama", tokenizer, pad_token_id=tokenizer.pad_token_id)
-    status, words = status_of(doctor.check_bos, folder)
+    status, words = status_of(health.check_bos, folder)
     assert status == PASS and "add_special_tokens=False" in words
     edit_template(folder, "{{ bos_token }}" + LLAMA3)
-    assert status_of(doctor.check_bos, folder)[0] == FAIL
+    assert status_of(health.check_bos, folder)[0] == FAIL
     edit_template(folder, LLAMA3.replace("{{ bos_token }}", ""))
-    assert status_of(doctor.check_bos, folder)[0] == WARN
+    assert status_of(health.check_bos, folder)[0] == WARN
 
 
 def test_a_template_with_a_date(sick: Path) -> None:
-    assert status_of(doctor.check_date, sick)[0] == PASS
+    assert status_of(health.check_date, sick)[0] == PASS
     pinnable = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
     edit_template(sick, pinnable + "{{ 'Today is ' + date_string }}" + CHATML)
-    status, words = status_of(doctor.check_date, sick)
+    status, words = status_of(health.check_date, sick)
     assert status == WARN and "this project pins it" in words
     edit_template(sick, "{{ 'Today is ' + strftime_now('%d %b %Y') }}" + CHATML)
-    assert status_of(doctor.check_date, sick)[0] == FAIL
+    assert status_of(health.check_date, sick)[0] == FAIL
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_a_template_with_a_date(sick: Path) -> None:
 )
 def test_a_generation_prompt_that_was_left_in(template: str, status: str, sick: Path) -> None:
     edit_template(sick, template)
-    assert status_of(doctor.check_generation_prompt, sick)[0] == status
+    assert status_of(health.check_generation_prompt, sick)[0] == status
 
 
 def test_padding_at_the_left_of_learned_positions(tmp_path: Path) -> None:
@@ -250,10 +250,10 @@ def test_padding_at_the_left_of_learned_positions(tmp_path: Path) -> None:
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=512, num_labels=1)
     config.pad_token_id, config.bos_token_id, config.eos_token_id = 3, None, 2
     folder = save_tiny(tmp_path / "gpt2", spread(GPT2ForSequenceClassification(config)), tokenizer)
-    status, words = status_of(doctor.check_padding_side, folder)
+    status, words = status_of(health.check_padding_side, folder)
     assert status == PASS and "scores differently when padded at the left" in words
     edit_json(folder / "tokenizer_config.json", padding_side="left")
-    status, words = status_of(doctor.check_padding_side, folder)
+    status, words = status_of(health.check_padding_side, folder)
     assert status == FAIL and '"padding_side": "right"' in words
 
 
@@ -320,13 +320,13 @@ def test_a_model_that_bfloat16_ruins(sick: Path) -> None:
                 weights[name] *= 1e-4
 
     edit_weights(sick, hide_what_tells_texts_apart)
-    status, words = status_of(doctor.check_dtype, sick)
+    status, words = status_of(health.check_dtype, sick)
     assert status == FAIL and "--dtype float32" in words
 
 
 def test_a_limit_that_cuts_answers(sick: Path, write_rows: Callable[..., Path]) -> None:
     def check(patient: Patient) -> Finding:
-        return doctor.check_length(patient, str(data))
+        return health.check_length(patient, str(data))
 
     data = Path("nowhere")
     for policy, expected in (("left", "lose a part"), ("drop", "are dropped"), ("error", "is longer than max_length")):
@@ -342,12 +342,12 @@ def test_a_limit_that_cuts_answers(sick: Path, write_rows: Callable[..., Path]) 
     }
     data = write_rows("length_bias.jsonl", [row]).parent
     assert status_of(check, sick)[0] == PASS
-    n_tokens = len(doctor.admit(str(sick), device="cpu").formatter.tokenizer(row["question"])["input_ids"])
+    n_tokens = len(health.admit(str(sick), device="cpu").formatter.tokenizer(row["question"])["input_ids"])
     status, words = status_of(check, sick, max_length=n_tokens)
     assert status == WARN and "4 of 4 texts of" in words and "0 lose" in words
     # With so little room not even the examination itself has texts.
     with pytest.raises(ContrastRMError, match="cuts nearly every short text"):
-        _ = doctor.admit(str(sick), device="cpu", max_length=20).texts
+        _ = health.admit(str(sick), device="cpu", max_length=20).texts
 
 
 # --- the command

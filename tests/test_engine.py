@@ -580,7 +580,7 @@ def parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., cons
         parser = argparse.ArgumentParser()
         construct_api.add_api_arguments(parser, temperature=0.0, max_new_tokens=64)
         known = ["--work_dir", tmp_path / "work", "--api_model", "m", "--max_attempts", 1]
-        return construct_api.open_api_of(parser.parse_args([str(flag) for flag in (*known, *flags)]))
+        return construct_api.open_api(parser.parse_args([str(flag) for flag in (*known, *flags)]))
 
     return open_with
 
@@ -659,12 +659,19 @@ def test_senseless_limits_are_refused(flag: str, value: str, parse: Callable[...
 
 
 STEP = """\
+import argparse
 import sys
 from codes.common.cli import run
+from codes.common.llm_session import add_llm_arguments
 from codes.construct.api import open_api
 def main(argv):
-    api = open_api(api_model="m", api_base_url=sys.argv[1], temperature=0.0, max_new_tokens=50, concurrency=4,
-                   max_attempts=2, request_timeout=60.0, work_dir=sys.argv[2], seed=1)
+    parser = argparse.ArgumentParser()
+    add_llm_arguments(parser, temperature=0.0, max_new_tokens=50)
+    parser.add_argument("--work_dir")
+    parser.add_argument("--seed", type=int, default=1)
+    flags = ["--api_model", "m", "--api_base_url", sys.argv[1], "--concurrency", "4", "--max_attempts", "2",
+             "--request_timeout", "60", "--work_dir", sys.argv[2]]
+    api = open_api(parser.parse_args(flags))
     with api.ledger:
         for outcome in api.ask_stream(([{"role": "user", "content": str(n)}] for n in range(100)), "texts"):
             print(outcome, flush=True)

@@ -20,7 +20,7 @@ from transformers import (
 
 from codes.common.chat import ChatFormatter, Conversation, take_template
 from codes.common.errors import ContrastRMError
-from codes.evaluate import doctor, eval_reward_bench, eval_rm
+from codes.evaluate import eval_reward_bench, eval_rm, health
 from codes.evaluate.scorer_setup import load_scorer
 from codes.evaluate.settings import ScorerSettings
 from codes.train.reward_model import load_reward_model
@@ -103,8 +103,8 @@ def test_a_decoder_without_chat_template_is_refused_everywhere(
         eval_rm.main([*results, "--data_dir", str(bias_data), "--bias_type", "length"])
     with pytest.raises(ContrastRMError, match=words):
         eval_reward_bench.main([*results, "--data_file", str(bench_file)])
-    [finding] = doctor.examine(str(model), device="cpu")
-    assert finding.status == doctor.FAIL and "has no chat template" in finding.found
+    [finding] = health.examine(str(model), device="cpu")
+    assert finding.status == health.FAIL and "has no chat template" in finding.found
     assert not (tmp_path / "cache").exists()
 
 
@@ -140,10 +140,10 @@ def test_a_template_that_is_named_is_used_saved_and_recorded(
 def test_the_doctor_says_whose_template_it_used(tiny_llama_dir: Path, tmp_path: Path) -> None:
     bare = edited(tiny_llama_dir, tmp_path / "bare", without_template)
     found = [
-        next(one for one in doctor.examine(str(folder), device="cpu", **options) if one.check == "chat template")
+        next(one for one in health.examine(str(folder), device="cpu", **options) if one.check == "chat template")
         for folder, options in ((tiny_llama_dir, {}), (bare, {"chat_template": "chatml"}))
     ]
-    assert [one.status for one in found] == [doctor.PASS, doctor.FAIL] and "the files have none" in found[1].found
+    assert [one.status for one in found] == [health.PASS, health.FAIL] and "the files have none" in found[1].found
 
 
 def test_the_doctor_survives_a_template_that_refuses(
@@ -153,9 +153,9 @@ def test_the_doctor_survives_a_template_that_refuses(
     (tmp_path / "own.jinja").write_text(one_question + FAILS)
     data = write_rows("length_bias.jsonl", [bias_row("boom", "4", "red", "4 b", "red b")]).parent
     options = {"chat_template": str(tmp_path / "own.jinja"), "data_dir": str(data)}
-    found = {one.check: one for one in doctor.examine(str(tiny_llama_dir), device="cpu", **options)}
-    assert found["generation prompt"].status == doctor.WARN and "one question only" in found["generation prompt"].found
-    assert found["truncation"].status == doctor.FAIL and "4 of 4 texts of" in found["truncation"].found
+    found = {one.check: one for one in health.examine(str(tiny_llama_dir), device="cpu", **options)}
+    assert found["generation prompt"].status == health.WARN and "one question only" in found["generation prompt"].found
+    assert found["truncation"].status == health.FAIL and "4 of 4 texts of" in found["truncation"].found
 
 
 def test_what_cannot_be_a_template_is_refused(tiny_base_dir: Path, train_file: Path, tmp_path: Path) -> None:
@@ -244,9 +244,9 @@ def test_a_pad_token_without_embedding_gets_one(
     batch.pop("token_type_ids", None)
     assert torch.isfinite(model(**batch).logits).all()
     found = {
-        one.check: one for one in doctor.examine(str(edited(out, tmp_path / "again", lambda _: None)), device="cpu")
+        one.check: one for one in health.examine(str(edited(out, tmp_path / "again", lambda _: None)), device="cpu")
     }
-    assert found["vocabulary"].status == doctor.PASS
+    assert found["vocabulary"].status == health.PASS
 
 
 def test_a_tokenizer_of_another_model_is_refused_before_anything_is_tokenised(
@@ -303,7 +303,7 @@ def test_a_model_that_counts_positions_behind_the_padding_takes_two_tokens_less(
     rows = [{"question": "why " * n, "chosen": "red", "rejected": ["cat"]} for n in (5, 155, 156, 157, 180)]
     out = trained(folder, write_rows("long.jsonl", rows), tmp_path / "out", "--overlength", "left", "--packing", "off")
     assert json.loads((out / "train_summary.json").read_text())["max_length"] == 160
-    assert {one.status for one in doctor.examine(str(folder), device="cpu")} <= {doctor.PASS, doctor.WARN}
+    assert {one.status for one in health.examine(str(folder), device="cpu")} <= {health.PASS, health.WARN}
 
 
 # --- rows that the template refuses

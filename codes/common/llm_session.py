@@ -286,71 +286,6 @@ def is_embedded_server() -> bool:
     return os.environ.get(EMBEDDED_SERVER_VARIABLE) == "1"
 
 
-def open_api(
-    *,
-    api_model: str | None,
-    api_base_url: str,
-    temperature: float | None,
-    max_new_tokens: int,
-    concurrency: int,
-    max_attempts: int,
-    request_timeout: float,
-    work_dir: str | Path,
-    seed: int,
-    prompt_version: str,
-    no_model: str,
-    budget: Budget | None = None,
-    requests_per_minute: float | None = None,
-    tokens_per_minute: float | None = None,
-    max_outage_seconds: float = MAX_OUTAGE_SECONDS,
-    retry_failed: bool = False,
-    estimate: bool = False,
-    launch: str | None = None,
-) -> Api:
-    """Check key, model and work folder before anything is asked, and take the ledger.
-
-    Args:
-        no_model: What to say where key or model are missing; ``{missing}`` names the variables.
-        launch: Where given, what the command has spent is added up for the next one of the launch.
-
-    Raises:
-        ContrastRMError: No key or no model, or the folder is in use or not writable.
-    """
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if estimate and not key:
-        key = "nothing-is-sent"
-    missing = [name for name, value in (("OPENAI_API_KEY", key), ("API_MODEL", api_model)) if not value]
-    if missing or not api_model:
-        raise ContrastRMError(no_model.format(missing=" and ".join(missing)))
-    if is_embedded_server():
-        concurrency = min(concurrency, EMBEDDED_CONCURRENCY)
-        request_timeout = max(request_timeout, EMBEDDED_REQUEST_TIMEOUT)
-        max_outage_seconds = max(max_outage_seconds, EMBEDDED_REQUEST_TIMEOUT)
-    client = LlmClient(
-        api_key=key,
-        base_url=api_base_url,
-        max_attempts=max_attempts,
-        request_timeout=request_timeout,
-        # The embedded server has a new port in every launch, and is always the same model.
-        keep_port=not is_embedded_server(),
-    )
-    ledger = Ledger(ensure_writable_folder(work_dir) / LEDGER_FILE)
-    if launch is not None and budget is not None and not estimate:
-        # Called after the engine has ended, whatever ended it.
-        ledger.call_before_close(partial(_write_launch, Path(work_dir), launch, budget))
-    engine = Engine(
-        client,
-        ledger,
-        concurrency=concurrency,
-        budget=budget,
-        requests_per_minute=requests_per_minute,
-        tokens_per_minute=tokens_per_minute,
-        max_outage_seconds=max_outage_seconds,
-        retry_failed=retry_failed,
-    )
-    return Api(engine, ledger, api_model, temperature, max_new_tokens, concurrency, seed, prompt_version, estimate)
-
-
 def _read_launch(work_dir: Path, launch: str | None) -> Spending | None:
     """What earlier commands of a launch have spent; None where this is the first one."""
     path = work_dir / LAUNCH_FILE
@@ -367,14 +302,29 @@ def _write_launch(work_dir: Path, launch: str, budget: Budget) -> None:
     write_json(work_dir / LAUNCH_FILE, {"launch": launch, "spent": budget.total().to_dict()})
 
 
-def open_api_of(
+def open_api(
     args: argparse.Namespace,
     *,
     prompt_version: str,
     no_model: str,
     model_prices: Mapping[str, Price | None] | None = None,
 ) -> Api:
-    """``open_api`` with the flags that ``add_llm_arguments`` added, ``--work_dir`` and ``--seed``."""
+    """Check key, model and work folder before anything is asked, and take the ledger.
+
+    Args:
+        args: The flags of ``add_llm_arguments``, ``--work_dir`` and ``--seed``.
+        no_model: What to say where key or model are missing; ``{missing}`` names the variables.
+        model_prices: Of the models that the launch asks beside this one.
+
+    Raises:
+        ContrastRMError: No key or no model, or the folder is in use or not writable.
+    """
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if args.estimate and not key:
+        key = "nothing-is-sent"
+    missing = [name for name, value in (("OPENAI_API_KEY", key), ("API_MODEL", args.api_model)) if not value]
+    if missing:
+        raise ContrastRMError(no_model.format(missing=" and ".join(missing)))
     budget = Budget(
         max_requests=args.max_requests,
         max_tokens=args.max_tokens,
@@ -384,23 +334,39 @@ def open_api_of(
         model_prices=model_prices,
         earlier=_read_launch(args.work_dir, args.launch),
     )
-    return open_api(
-        api_model=args.api_model,
-        api_base_url=args.api_base_url,
-        temperature=args.temperature,
-        max_new_tokens=args.max_new_tokens,
-        concurrency=args.concurrency,
+    embedded = is_embedded_server()
+    concurrency = min(args.concurrency, EMBEDDED_CONCURRENCY) if embedded else args.concurrency
+    # The embedded model may take minutes for an answer.
+    patience = EMBEDDED_REQUEST_TIMEOUT if embedded else 0.0
+    client = LlmClient(
+        api_key=key,
+        base_url=args.api_base_url,
         max_attempts=args.max_attempts,
-        request_timeout=args.request_timeout,
-        work_dir=args.work_dir,
-        seed=args.seed,
-        prompt_version=prompt_version,
-        no_model=no_model,
+        request_timeout=max(args.request_timeout, patience),
+        # The embedded server has a new port in every launch, and is always the same model.
+        keep_port=not embedded,
+    )
+    ledger = Ledger(ensure_writable_folder(args.work_dir) / LEDGER_FILE)
+    if args.launch is not None and not args.estimate:
+        # Called after the engine has ended, whatever ended it.
+        ledger.call_before_close(partial(_write_launch, Path(args.work_dir), args.launch, budget))
+    engine = Engine(
+        client,
+        ledger,
+        concurrency=concurrency,
         budget=budget,
         requests_per_minute=args.requests_per_minute,
         tokens_per_minute=args.tokens_per_minute,
-        max_outage_seconds=args.max_outage_seconds,
+        max_outage_seconds=max(args.max_outage_seconds, patience),
         retry_failed=args.retry_failed,
-        estimate=args.estimate,
-        launch=args.launch,
     )
+    settings = (
+        args.api_model,
+        args.temperature,
+        args.max_new_tokens,
+        concurrency,
+        args.seed,
+        prompt_version,
+        args.estimate,
+    )
+    return Api(engine, ledger, *settings)

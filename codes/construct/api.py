@@ -12,7 +12,7 @@ from codes.common import llm_session
 from codes.common.llm_session import EMBEDDED_SERVER_VARIABLE, Api, is_embedded_server
 from codes.construct.build_prompt import PROMPT_VERSION
 
-__all__ = ["EMBEDDED_SERVER_VARIABLE", "Api", "is_embedded_server", "open_api", "open_api_of"]
+__all__ = ["EMBEDDED_SERVER_VARIABLE", "Api", "is_embedded_server", "open_api"]
 
 _TWO_WAYS_OUT = (
     "no model to write with ({missing} not set): "
@@ -23,4 +23,3 @@ _TWO_WAYS_OUT = (
 
 # Every step opens the client the same way.
 open_api = partial(llm_session.open_api, prompt_version=PROMPT_VERSION, no_model=_TWO_WAYS_OUT)
-open_api_of = partial(llm_session.open_api_of, prompt_version=PROMPT_VERSION, no_model=_TWO_WAYS_OUT)

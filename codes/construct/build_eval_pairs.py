@@ -51,7 +51,7 @@ from codes.common.records import (
 )
 from codes.common.settings import settings_from
 from codes.common.stats import wilson
-from codes.construct.api import Api, open_api_of
+from codes.construct.api import Api, open_api
 from codes.construct.build_prompt import (
     EVAL_PROMPT_VERSION,
     PROMPT_VERSION,
@@ -724,7 +724,7 @@ def main(argv: list[str] | None = None) -> int:
     is_other = has_writer and has_judge and judge_model != args.api_model
     if not has_writer:
         args.api_model = judge_model
-    api = open_api_of(args, model_prices={judge_model: price} if is_other or price is not None else None)
+    api = open_api(args, model_prices={judge_model: price} if is_other or price is not None else None)
     with api.ledger:
         return run_step(settings, choose_models(settings, api, judge_model))
 

@@ -28,7 +28,7 @@ from codes.common.records import (
     write_row,
 )
 from codes.common.settings import settings_from
-from codes.construct.api import Api, open_api_of
+from codes.construct.api import Api, open_api
 from codes.construct.build_prompt import PROMPT_VERSION, build_similar_answer, build_similar_question
 from codes.construct.gates import answer_defect, question_defect
 from codes.construct.pipeline import (
@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the step from the command line."""
     args = build_parser().parse_args(argv)
     settings = settings_from(args, SimilarSettings)
-    api = open_api_of(args)
+    api = open_api(args)
     with api.ledger:
         section, n_failed_requests = add_similar(settings, api)
         title = f"{settings.output_file}: {section['n_records_written']} records"

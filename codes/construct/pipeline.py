@@ -32,7 +32,7 @@ from codes.common.records import (
     write_json,
     write_row,
 )
-from codes.construct.api import Api, open_api_of
+from codes.construct.api import Api, open_api
 
 FAILED_FILE = "failed.jsonl"
 REPORT_FILE = "construction_report.json"
@@ -58,7 +58,7 @@ def hold_work_dir(work_dir: str | Path) -> Iterator[None]:
 def run_with_client(args: argparse.Namespace, step: Callable[[Api | None], int], *, title: str, asks: bool) -> int:
     """Run a step with the client that its flags describe, or, where it asks no model, without one; returns its exit code."""
     if asks:
-        api = open_api_of(args)
+        api = open_api(args)
         with api.ledger:
             return step(api)
     if args.estimate:

@@ -42,7 +42,7 @@ from codes.common.judging import (
     read_verdict,
 )
 from codes.common.llm import ApiError, Completion, Outcome
-from codes.common.llm_session import Api, add_llm_arguments, open_api_of
+from codes.common.llm_session import Api, add_llm_arguments, open_api
 from codes.common.questions import question_key
 from codes.common.records import (
     BiasRecord,
@@ -740,7 +740,7 @@ def main(argv: list[str] | None = None) -> int:
         "placebo_sentence": PLACEBO_SENTENCE,
         "refinement_request": REFINEMENT_REQUEST,
     }
-    api = open_api_of(args, prompt_version=f"judge {PROMPT_VERSION}", no_model=NO_MODEL)
+    api = open_api(args, prompt_version=f"judge {PROMPT_VERSION}", no_model=NO_MODEL)
     with api.ledger:
         n_failed = run_judge(
             api, biases, benchmark, results_dir=args.results_dir, limits=limits, max_unread=args.max_unread

@@ -135,6 +135,26 @@ class _Tally:
             self.n_margins += n_margins
             self.n_with_margin += n_margins > 0
 
+    def counts(self, source: Source, identity: SourceIdentity, *, n_rows: int, bad: Sequence[str]) -> SourceCounts:
+        """What is remembered of a source."""
+        return SourceCounts(
+            location=source.location,
+            sha256=identity.sha256,
+            revision=identity.revision,
+            n_rows=n_rows,
+            bad=list(bad),
+            n_aside=self.n_aside,
+            encoded=self.encoded,
+            n_raw_texts=self.n_raw_texts,
+            biases=dict(sorted(self.biases.items())),
+            verdicts=dict(sorted(self.verdicts.items())),
+            origins=dict(self.origins.most_common()),
+            n_with_margin=self.n_with_margin,
+            n_margins=self.n_margins,
+            n_multi_turn=self.n_multi_turn,
+            n_system=self.n_system,
+        )
+
 
 class TokenCache(Sequence[Group]):
     """The groups of a finished cache, read from its files when they are asked for.
@@ -581,23 +601,7 @@ def _write_source(
     bad = [*report.bad, *refused]
     if len(bad) > max_bad_rows:
         raise records.too_many_bad(bad[-1], len(bad), max_bad_rows)
-    return SourceCounts(
-        location=source.location,
-        sha256=identity.sha256,
-        revision=identity.revision,
-        n_rows=report.n_rows,
-        bad=bad,
-        n_aside=tally.n_aside,
-        encoded=tally.encoded,
-        n_raw_texts=tally.n_raw_texts,
-        biases=dict(sorted(tally.biases.items())),
-        verdicts=dict(sorted(tally.verdicts.items())),
-        origins=dict(tally.origins.most_common()),
-        n_with_margin=tally.n_with_margin,
-        n_margins=tally.n_margins,
-        n_multi_turn=tally.n_multi_turn,
-        n_system=tally.n_system,
-    )
+    return tally.counts(source, identity, n_rows=report.n_rows, bad=bad)
 
 
 def _raw_length(text: EncodedText) -> int:
