@@ -661,13 +661,14 @@ def test_senseless_limits_are_refused(flag: str, value: str, parse: Callable[...
 STEP = """\
 import argparse
 import sys
+from pathlib import Path
 from codes.common.cli import run
 from codes.common.llm_session import add_llm_arguments
 from codes.construct.api import open_api
 def main(argv):
     parser = argparse.ArgumentParser()
     add_llm_arguments(parser, temperature=0.0, max_new_tokens=50)
-    parser.add_argument("--work_dir")
+    parser.add_argument("--work_dir", type=Path)
     parser.add_argument("--seed", type=int, default=1)
     flags = ["--api_model", "m", "--api_base_url", sys.argv[1], "--concurrency", "4", "--max_attempts", "2",
              "--request_timeout", "60", "--work_dir", sys.argv[2]]
