@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import hashlib
 import json
@@ -45,6 +46,7 @@ from codes.common.llm_limits import (
     Gate,
     Need,
 )
+from codes.common.llm_session import add_llm_arguments
 from codes.construct import api as construct_api
 from codes.construct.pipeline import request_failure
 
@@ -571,14 +573,15 @@ def test_a_step_says_what_came_from_the_ledger(
 @pytest.fixture
 def parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., construct_api.Api]:
     """Open the API as every construct step does."""
-    import argparse
 
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.delenv(construct_api.EMBEDDED_SERVER_VARIABLE, raising=False)
 
     def open_with(*flags: object) -> construct_api.Api:
         parser = argparse.ArgumentParser()
-        construct_api.add_api_arguments(parser, temperature=0.0, max_new_tokens=64)
+        add_llm_arguments(parser, temperature=0.0, max_new_tokens=64)
+        parser.add_argument("--work_dir", type=Path)
+        parser.add_argument("--seed", type=int, default=42)
         known = ["--work_dir", tmp_path / "work", "--api_model", "m", "--max_attempts", 1]
         return construct_api.open_api(parser.parse_args([str(flag) for flag in (*known, *flags)]))
 

@@ -11,8 +11,10 @@ or ``python -m benchmarks.peers.ours score --percent 25 --precision bfloat16``
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -204,13 +206,15 @@ def run_training(
         )
         plan = trainer.plan
         trainer.plan = replace(plan, steps=plan.steps[:warmup_steps])
-        trainer.train()
-        # It goes on where it stopped.
-        trainer.plan = plan
-        memory.reset()
-        compiled_before, begin = n_compiled(), now(place)
-        trainer.train()
-        seconds = now(place) - begin
+        # What the trainer says is no result: standard output holds the one line.
+        with redirect_stdout(sys.stderr):
+            trainer.train()
+            # It goes on where it stopped.
+            trainer.plan = plan
+            memory.reset()
+            compiled_before, begin = n_compiled(), now(place)
+            trainer.train()
+            seconds = now(place) - begin
         peak = memory.fields()
         compiled = n_compiled() - compiled_before
     timed = [plan.groups[index] for step in plan.steps[warmup_steps:] for index in step]

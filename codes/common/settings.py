@@ -30,7 +30,8 @@ import argparse
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import MISSING, Field, field, fields, is_dataclass
-from typing import Any, TypeVar, get_type_hints
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 Settings = TypeVar("Settings")
 
@@ -54,14 +55,17 @@ def setting(
     """One setting, the value of a dataclass's field.
 
     Args:
-        default: Left out: the flag must be given.
+        default: Left out: the flag must be given. A function: gives the default when it is needed, from the environment.
         help: What ``--help`` says; the default is added to it.
-        check: Argparse type: the text of a flag -> its value; None: what the annotation is (str, int, float; bool: 0 or 1).
-        choices: The values that it may have.
+        check: Argparse type: the text of a flag -> its value; None: what the annotation is (str, int, float, Path; bool: 0 or
+            1; Literal: one of its texts).
+        choices: The values that it may have; None: those of a Literal, else any.
     """
     metadata = {"help": help, "check": check, "choices": choices}
     if isinstance(default, dict | list | set):  # every instance gets its own
         return field(default_factory=lambda: copy(default), metadata=metadata)
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -81,7 +85,7 @@ def add_settings(parser: argparse.ArgumentParser | argparse._ArgumentGroup, cls:
     """Give a parser one flag for every setting of a dataclass; each part is a group with the name of its field.
 
     Raises:
-        TypeError: A setting's annotation is none of str, int, float and bool, and it names no ``check``.
+        TypeError: A setting's annotation is none of str, int, float, bool, Path and Literal, and it names no ``check``.
     """
     types = get_type_hints(cls)
     for one in fields(cls):
@@ -89,8 +93,9 @@ def add_settings(parser: argparse.ArgumentParser | argparse._ArgumentGroup, cls:
         if is_dataclass(kind):
             add_settings(parser.add_argument_group(one.name.replace("_", " ")), types[one.name])
             continue
-        readers: dict[Any, Callable[[str], Any]] = {bool: switch, str: str, int: int, float: float}
-        check = one.metadata["check"] or readers.get(kind)
+        is_literal = get_origin(kind) is Literal
+        readers: dict[Any, Callable[[str], Any]] = {bool: switch, str: str, int: int, float: float, Path: Path}
+        check = one.metadata["check"] or (str if is_literal else readers.get(kind))
         if check is None:
             raise TypeError(f"{cls.__name__}.{one.name} is annotated {kind} and needs a check")
         default = default_of(one)
@@ -100,7 +105,7 @@ def add_settings(parser: argparse.ArgumentParser | argparse._ArgumentGroup, cls:
         parser.add_argument(
             f"--{one.name}",
             type=check,
-            choices=one.metadata["choices"],
+            choices=get_args(kind) if is_literal else one.metadata["choices"],
             default=None if default is MISSING else default,
             required=default is MISSING,
             metavar="{0,1}" if kind is bool else None,

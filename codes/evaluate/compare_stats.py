@@ -220,9 +220,9 @@ def _mcnemar(part: PairedPart) -> tuple[str, float | None, int, int]:
     if len(set(clusters)) < len(clusters):
         return "McNemar, exact by question", paired_flip_p((a.astype(int) - b).tolist(), clusters), only_a, only_b
     if only_a + only_b == 0:
-        from statsmodels.stats.contingency_tables import mcnemar
+        return "McNemar, exact", None, 0, 0
+    from statsmodels.stats.contingency_tables import mcnemar
 
-    return "McNemar, exact", None, 0, 0
     both, neither = int((a & b).sum()), int((~a & ~b).sum())
     return "McNemar, exact", float(mcnemar([[both, only_a], [only_b, neither]], exact=True).pvalue), only_a, only_b
 
