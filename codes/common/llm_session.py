@@ -302,6 +302,18 @@ def _write_launch(work_dir: Path, launch: str, budget: Budget) -> None:
     write_json(work_dir / LAUNCH_FILE, {"launch": launch, "spent": budget.total().to_dict()})
 
 
+def _budget_of(args: argparse.Namespace, model_prices: Mapping[str, Price | None] | None) -> Budget:
+    return Budget(
+        max_requests=args.max_requests,
+        max_tokens=args.max_tokens,
+        max_cost=args.max_cost,
+        price_in=args.price_in,
+        price_out=args.price_out,
+        model_prices=model_prices,
+        earlier=_read_launch(args.work_dir, args.launch),
+    )
+
+
 def open_api(
     args: argparse.Namespace,
     *,
@@ -325,15 +337,7 @@ def open_api(
     missing = [name for name, value in (("OPENAI_API_KEY", key), ("API_MODEL", args.api_model)) if not value]
     if missing:
         raise ContrastRMError(no_model.format(missing=" and ".join(missing)))
-    budget = Budget(
-        max_requests=args.max_requests,
-        max_tokens=args.max_tokens,
-        max_cost=args.max_cost,
-        price_in=args.price_in,
-        price_out=args.price_out,
-        model_prices=model_prices,
-        earlier=_read_launch(args.work_dir, args.launch),
-    )
+    budget = _budget_of(args, model_prices)
     embedded = is_embedded_server()
     concurrency = min(args.concurrency, EMBEDDED_CONCURRENCY) if embedded else args.concurrency
     # The embedded model may take minutes for an answer.
